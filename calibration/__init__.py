@@ -1,0 +1,1 @@
+"""Manifests that say how the images of a calibration set are found, split and preprocessed."""

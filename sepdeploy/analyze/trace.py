@@ -1,0 +1,303 @@
+"""Find every convolution of a network, with its call sites, by running it once on one image.
+
+Running beats symbolic tracing here: it works for any Python code in the forward pass, sees functional calls, and
+counts a module that is called twice twice. Operators are observed below autograd (`TorchDispatchMode`), modules
+through global hooks, so that nothing is ever left on the user's network.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
+from sepdeploy.core.plan import Reason
+from sepdeploy.errors import UnsupportedModelError, UsageError
+
+__all__ = ["conv_spec", "output_tensors", "trace_network"]
+
+
+@dataclass(slots=True)
+class _Operation:
+    """One convolution operator that ran."""
+
+    enclosing: nn.Module | None
+    conv_module: nn.Module | None
+    weight: Tensor
+    output: Tensor
+    input_shape: tuple[int, ...]
+    macs: int
+    operator: str
+    readers: list[nn.Module | None] = field(default_factory=list)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records convolutions, who reads their outputs, and the multiply-accumulates of everything."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stack: list[nn.Module] = []
+        self.operations: list[_Operation] = []
+        self.batchnorm_calls: Counter[int] = Counter()
+        self.total_macs = 0
+        self._by_output: dict[int, _Operation] = {}  # the operations keep the tensors alive, so ids stay unique
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        enclosing = self.stack[-1] if self.stack else None
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and (operation := self._by_output.get(id(leaf))):
+                operation.readers.append(enclosing)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            macs = int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
+            self.total_macs += macs
+            if packet in (torch.ops.aten.convolution, torch.ops.aten._convolution):
+                self._record(args, result, macs)
+        return result
+
+    def _record(self, args: Any, result: Tensor, macs: int) -> None:
+        is_transposed = bool(args[6])
+        operation = _Operation(
+            enclosing=self.stack[-1] if self.stack else None,
+            conv_module=next((m for m in reversed(self.stack) if isinstance(m, _ConvNd)), None),
+            weight=args[1],
+            output=result,
+            input_shape=tuple(args[0].shape),
+            macs=macs,
+            operator=f"conv{'_transpose' if is_transposed else ''}{args[1].dim() - 2}d",
+        )
+        self.operations.append(operation)
+        self._by_output[id(result)] = operation
+
+
+@contextmanager
+def _following_modules(recorder: _Recorder) -> Iterator[None]:
+    """Keep `recorder.stack` at the modules that are running."""
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            recorder.batchnorm_calls[id(module)] += 1
+        recorder.stack.append(module)
+
+    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        if recorder.stack and recorder.stack[-1] is module:
+            recorder.stack.pop()
+
+    handles = (
+        module_hooks.register_module_forward_pre_hook(enter),
+        module_hooks.register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace_network(model: nn.Module, example: Tensor) -> Trace:
+    """Run `model` once and describe its convolutions.
+
+    Args:
+        model: The network, in eval mode.
+        example: One image as the network takes it, (1, C, H, W) or (1, H, W, C), float32.
+
+    Returns:
+        Every nn.Conv1d, 2d, 3d and transposed module and every functional convolution; MACs are those of this image.
+
+    Raises:
+        UsageError: if the network does not run on an input of this shape.
+        UnsupportedModelError: if it returns no tensor.
+    """
+    recorder = _Recorder()
+    with torch.no_grad(), _following_modules(recorder), recorder:
+        try:
+            returned = model(example)
+        except Exception as error:
+            raise UsageError(
+                f"the network does not run on an input of shape {tuple(example.shape)}: {type(error).__name__}: "
+                f"{_first_line(error)}; check --input-shape C,H,W and the preprocess file"
+            ) from error
+    outputs = output_tensors(returned)
+    sites = _module_sites(model, recorder, {id(output) for output in outputs})
+    sites += _functional_sites(model, recorder)
+    order = {name: place for place, name in reversed(list(enumerate(_call_order(model, recorder))))}
+    sites.sort(key=lambda site: order.get(site.name, len(order)))
+    return Trace(
+        sites=tuple(sites),
+        input_shape=tuple(example.shape),
+        output_shapes=tuple(tuple(output.shape) for output in outputs),
+        total_macs=recorder.total_macs,
+        total_params=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def output_tensors(returned: object) -> list[Tensor]:
+    """The tensors in whatever a network returned, in pytree order.
+
+    Raises:
+        UnsupportedModelError: if there is none.
+    """
+    outputs = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+    if not outputs:
+        raise UnsupportedModelError(f"the network returns no tensor but {type(returned).__name__}")
+    return outputs
+
+
+def conv_spec(conv: nn.Conv2d) -> ConvSpec:
+    """The geometry of an nn.Conv2d, with its padding resolved to pixels."""
+    return ConvSpec(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=(conv.kernel_size[0], conv.kernel_size[1]),
+        stride=(conv.stride[0], conv.stride[1]),
+        padding=_padding_of(conv),
+        dilation=(conv.dilation[0], conv.dilation[1]),
+        groups=conv.groups,
+        has_bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,  # type: ignore[arg-type]
+    )
+
+
+def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Pixels that an nn.Conv2d adds at (top, bottom, left, right), with 'same' and 'valid' resolved."""
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return top, bottom, left, right
+
+
+def _module_sites(model: nn.Module, recorder: _Recorder, output_ids: set[int]) -> list[ConvSite]:
+    """One site per convolution module, called or not."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
+    owners = _weight_owners(model)
+    norms = _following_batchnorms(recorder, output_ids)
+    sites = []
+    for conv in convs:
+        operations = [operation for operation in recorder.operations if operation.conv_module is conv]
+        is_plain = isinstance(conv, nn.Conv2d)
+        norm = norms.get(id(conv))
+        sites.append(
+            ConvSite(
+                name=names[id(conv)][0],
+                module_type=type(conv).__name__,
+                spec=conv_spec(conv) if is_plain else None,  # type: ignore[arg-type]
+                calls=tuple(ConvCall(o.input_shape, tuple(o.output.shape), o.macs) for o in operations),
+                params=sum(parameter.numel() for parameter in conv.parameters()),
+                aliases=tuple(names[id(conv)][1:]),
+                norm=names[id(norm)][0] if norm is not None and id(norm) in names else None,
+                reason=_structural_reason(conv, operations, owners),
+            )
+        )
+    return sites
+
+
+def _functional_sites(model: nn.Module, recorder: _Recorder) -> list[ConvSite]:
+    """One site per weight that a functional convolution uses outside any convolution module."""
+    by_name: dict[str, list[_Operation]] = {}
+    for name, operation in _named_functional_operations(model, recorder):
+        by_name.setdefault(name, []).append(operation)
+    return [
+        ConvSite(
+            name=name,
+            module_type=f"functional {operations[0].operator}",
+            spec=None,
+            calls=tuple(ConvCall(o.input_shape, tuple(o.output.shape), o.macs) for o in operations),
+            params=operations[0].weight.numel(),
+            reason=Reason.FUNCTIONAL,
+        )
+        for name, operations in by_name.items()
+    ]
+
+
+def _named_functional_operations(model: nn.Module, recorder: _Recorder) -> list[tuple[str, _Operation]]:
+    """Functional convolutions, named after the module that runs them and numbered by weight."""
+    names = {id(module): name for name, module in model.named_modules()}
+    numbers: dict[tuple[str, int], int] = {}
+    per_module: Counter[str] = Counter()
+    named = []
+    for operation in recorder.operations:
+        if operation.conv_module is not None and id(operation.conv_module) in names:
+            continue
+        owner = names.get(id(operation.enclosing), "")
+        key = (owner, operation.weight.data_ptr())
+        if key not in numbers:
+            numbers[key] = per_module[owner]
+            per_module[owner] += 1
+        named.append((f"{owner}:{operation.operator}[{numbers[key]}]", operation))
+    return named
+
+
+def _call_order(model: nn.Module, recorder: _Recorder) -> list[str]:
+    """Names of the sites in the order of their calls, with repeats."""
+    functional = {id(operation): name for name, operation in _named_functional_operations(model, recorder)}
+    names = {id(module): name for name, module in model.named_modules()}
+    return [functional.get(id(o)) or names[id(o.conv_module)] for o in recorder.operations]
+
+
+def _weight_owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by id."""
+    return Counter(
+        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
+
+
+def _structural_reason(conv: _ConvNd, operations: list[_Operation], owners: Counter[int]) -> Reason | None:
+    """Why no scheme can replace this module; None if schemes may try."""
+    if isinstance(conv, _ConvTransposeNd):
+        return Reason.TRANSPOSED
+    if not isinstance(conv, nn.Conv2d):
+        return Reason.NOT_CONV2D
+    if not operations:
+        return Reason.NOT_CALLED
+    if nn.utils.parametrize.is_parametrized(conv) or not isinstance(conv._parameters.get("weight"), nn.Parameter):
+        return Reason.PARAMETRIZED
+    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        return Reason.CUSTOM_FORWARD
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return Reason.HAS_HOOKS
+    if any(owners[id(parameter)] > 1 for parameter in conv.parameters()):
+        return Reason.SHARED_WEIGHT
+    if not conv.weight.is_floating_point():
+        return Reason.QUANTIZED_OR_NOT_FLOAT
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in conv.parameters()):
+        return Reason.NOT_FINITE
+    return None
+
+
+def _following_batchnorms(recorder: _Recorder, output_ids: set[int]) -> dict[int, nn.Module]:
+    """Convolution id -> the BatchNorm2d that alone reads every output of it, and reads nothing else."""
+    found: dict[int, nn.Module] = {}
+    calls: Counter[int] = Counter()
+    rejected: set[int] = set()
+    for operation in recorder.operations:
+        conv = operation.conv_module
+        if conv is None:
+            continue
+        calls[id(conv)] += 1
+        reader = operation.readers[0] if len(operation.readers) == 1 else None
+        is_norm = isinstance(reader, nn.BatchNorm2d) and reader.running_mean is not None
+        if not is_norm or id(operation.output) in output_ids or found.setdefault(id(conv), reader) is not reader:
+            rejected.add(id(conv))
+    return {
+        conv: norm
+        for conv, norm in found.items()
+        if conv not in rejected and recorder.batchnorm_calls[id(norm)] == calls[conv]
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

@@ -1,0 +1,1 @@
+"""Runs deployable files, measures how long they take and how close their outputs stay to the original's."""

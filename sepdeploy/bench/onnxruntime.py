@@ -1,0 +1,132 @@
+"""ONNX files in onnxruntime, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sepdeploy.bench.session import first_line, predict_in_batches, random_input
+from sepdeploy.errors import ToolError, UsageError
+
+__all__ = ["OrtSession"]
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(int16)": np.int16,
+    "tensor(uint16)": np.uint16,
+    "tensor(int32)": np.int32,
+    "tensor(uint32)": np.uint32,
+    "tensor(int64)": np.int64,
+    "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
+}
+
+
+class OrtSession:
+    """An ONNX file in onnxruntime's CPU provider.
+
+    A symbolic batch dimension is taken as 1.
+
+    Args:
+        path: The file.
+        threads: Threads inside an operator; operators run one after the other.
+
+    Raises:
+        UsageError: if the file is no valid ONNX or has other symbolic dimensions.
+        ToolError: if onnxruntime is not installed.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ToolError(f"onnxruntime cannot be imported ({error}); run pip install onnxruntime") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 3
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions share no base class
+            raise UsageError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
+        self.path = path
+        self.runtime = f"onnxruntime {onnxruntime.__version__}"
+        self._inputs = [
+            (value.name, _static_shape(path, value), _dtype(path, value)) for value in _inputs(self._session)
+        ]
+        self._binding: Any = None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the first input."""
+        return self._inputs[0][1]
+
+    def predict(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Run the network on `batch`; see `Session.predict`."""
+        if len(self._inputs) > 1:
+            raise UsageError(f"{self.path} has {len(self._inputs)} inputs; it can be timed, but not fed with images")
+        name, shape, dtype = self._inputs[0]
+        if not np.issubdtype(dtype, np.floating):
+            raise UsageError(
+                f"{self.path} takes {dtype} and an ONNX file does not say how to quantize its input; "
+                "export it with a float32 input"
+            )
+
+        def run(piece: np.ndarray) -> tuple[np.ndarray, ...]:
+            try:
+                return tuple(self._session.run(None, {name: piece.astype(dtype, copy=False)}))
+            except Exception as error:
+                raise self._run_error(error) from error
+
+        return predict_in_batches(batch, shape, run)
+
+    def set_random_input(self, seed: int) -> None:
+        """Bind random inputs for `run_once`."""
+        rng = np.random.default_rng(seed)
+        self._binding = self._session.io_binding()
+        for name, shape, dtype in self._inputs:
+            self._binding.bind_cpu_input(name, random_input(shape, dtype, rng))
+        for output in self._session.get_outputs():
+            self._binding.bind_output(output.name)
+        try:
+            self.run_once()  # a file that cannot run says so here, not inside the timed loop
+        except Exception as error:
+            raise self._run_error(error) from error
+
+    def run_once(self) -> None:
+        """Run the network on the inputs that `set_random_input` bound."""
+        self._session.run_with_iobinding(self._binding)
+
+    def _run_error(self, error: Exception) -> ToolError:
+        return ToolError(f"onnxruntime fails to run {self.path}: {first_line(error)}")
+
+
+def _inputs(session: Any) -> list[Any]:
+    inputs: list[Any] = session.get_inputs()
+    if not inputs:
+        raise UsageError("the ONNX file has no input")
+    return inputs
+
+
+def _static_shape(path: Path, value: Any) -> tuple[int, ...]:
+    """Shape of an input with 1 for a symbolic batch dimension."""
+    shape = [1 if i == 0 and not isinstance(size, int) else size for i, size in enumerate(value.shape)]
+    if not all(isinstance(size, int) for size in shape):
+        raise UsageError(
+            f"input '{value.name}' of {path} has the dynamic shape {value.shape}; "
+            "export it with a fixed height and width"
+        )
+    return tuple(shape)
+
+
+def _dtype(path: Path, value: Any) -> np.dtype[Any]:
+    if value.type not in _DTYPES:
+        raise UsageError(f"input '{value.name}' of {path} is a {value.type}; only numeric tensors can be fed")
+    return np.dtype(_DTYPES[value.type])

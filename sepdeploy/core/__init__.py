@@ -1,0 +1,1 @@
+"""Frozen data that every stage reads and writes; nothing here imports torch."""

@@ -1,0 +1,189 @@
+"""The report of one conversion: every number that the user is shown, with where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sepdeploy.core.artifact import Artifact, Format, Precision, Role
+from sepdeploy.core.measurement import Latency, Quality
+from sepdeploy.core.plan import Plan
+
+__all__ = [
+    "ArtifactResult",
+    "Check",
+    "DataSummary",
+    "GuardStep",
+    "LayerTransfer",
+    "NetworkCost",
+    "Report",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkCost:
+    """Cost of one network, computed from its shapes.
+
+    Attributes:
+        macs: Multiply-accumulates for one image: convolutions and matrix products.
+        params: Parameters.
+        convs: Convolutions, replaced or not (a replaced one counts once).
+    """
+
+    macs: int
+    params: int
+    convs: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataSummary:
+    """A set of images that the run used.
+
+    Attributes:
+        path: As the user gave it.
+        images: Images used.
+        is_labelled: Whether labels were found.
+        skipped: Files that could not be read as images.
+        sha256: Hash of the preprocessed pixels and labels.
+    """
+
+    path: str
+    images: int
+    is_labelled: bool
+    skipped: tuple[str, ...]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuardStep:
+    """One growth of the replaced set that the guard measured.
+
+    Attributes:
+        added: Convolutions that this step added to the replaced set.
+        replaced: Size of the replaced set with them.
+        drop_points: Measured drop of the network with them (Quality.drop_points); a lower bound if `is_partial`.
+        images: Validation images evaluated before the verdict.
+        is_accepted: Whether the set was kept.
+        is_partial: Whether the evaluation stopped early because the limit was clearly broken.
+    """
+
+    added: tuple[str, ...]
+    replaced: int
+    drop_points: float
+    images: int
+    is_accepted: bool
+    is_partial: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTransfer:
+    """How well one replaced convolution imitates the original one, before any training.
+
+    Attributes:
+        name: The convolution.
+        kernel_error: |W - W'| / |W| of the data-free factors (Frobenius norm).
+        output_error: The same for the layer's outputs on calibration images, after the anchored solve.
+        method: The transfer that was kept: 'data-free' or 'anchored'.
+    """
+
+    name: str
+    kernel_error: float
+    output_error: float | None
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactResult:
+    """One deployable file with its measurements.
+
+    Attributes:
+        artifact: The file.
+        quality: Its outputs on the validation images, against the original PyTorch network.
+        latency: Its latency, measured interleaved with the other files of the same runtime.
+        max_abs_error: Largest |output - output of the PyTorch network it was exported from| on real images.
+        float_ops: For int8 files: operators that still compute in floating point, with their count ('Softmax x1').
+    """
+
+    artifact: Artifact
+    quality: Quality | None
+    latency: Latency | None
+    max_abs_error: float | None
+    float_ops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A promise and whether it holds.
+
+    Attributes:
+        name: 'accuracy' or 'speed'.
+        is_met: Whether it holds.
+        sentence: What was measured against what limit, for the user.
+    """
+
+    name: str
+    is_met: bool
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One conversion, whole.
+
+    Attributes:
+        version: Version of sepdeploy.
+        model: The checkpoint, as given.
+        arch: The architecture, as given.
+        command: The command line, or the equivalent of a call from Python.
+        seed: Seed of the run.
+        target: Runtime that the speed check is about: 'ort' or 'litert'.
+        precision: Precision that both checks are about.
+        max_drop_points: Limit of the guard; None if there was none.
+        input_shape: (1, C, H, W), or (1, H, W, C).
+        calibration: Images that the transfer and the int8 ranges come from.
+        validation: Images that quality is measured on and that the guard decided by.
+        original: Cost of the original network.
+        converted: Cost of the converted one.
+        plan: What became of each convolution.
+        transfer: One entry per replaced convolution.
+        guard: The growth of the replaced set, step by step.
+        original_quality: Of the original PyTorch network.
+        converted_quality: Of the converted PyTorch network.
+        artifacts: Every deployable file, original and converted.
+        checks: The promises.
+        notes: Sentences that the user should read, such as what was assumed.
+    """
+
+    version: str
+    model: str
+    arch: str
+    command: str
+    seed: int
+    target: str
+    precision: Precision
+    max_drop_points: float | None
+    input_shape: tuple[int, ...]
+    calibration: DataSummary
+    validation: DataSummary
+    original: NetworkCost
+    converted: NetworkCost
+    plan: Plan
+    transfer: tuple[LayerTransfer, ...]
+    guard: tuple[GuardStep, ...]
+    original_quality: Quality
+    converted_quality: Quality
+    artifacts: tuple[ArtifactResult, ...]
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def is_success(self) -> bool:
+        """Whether every promise holds."""
+        return all(check.is_met for check in self.checks)
+
+    def result(self, format: Format, precision: Precision, role: Role) -> ArtifactResult | None:
+        """The file of that kind, None if the run did not make one."""
+        for result in self.artifacts:
+            artifact = result.artifact
+            if (artifact.format, artifact.precision, artifact.role) == (format, precision, role):
+                return result
+        return None

@@ -1,0 +1,75 @@
+"""PyTorch to TFLite in float32, through litert-torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sepdeploy.errors import ToolError, UnsupportedModelError, UsageError
+from sepdeploy.export.flat_outputs import FlatOutputs, evaluating, output_shapes, require_below_2_gib
+from sepdeploy.export.quiet import first_line, quiet
+
+if TYPE_CHECKING:
+    import litert_torch
+
+__all__ = ["export_tflite"]
+
+
+def export_tflite(model: nn.Module, example: Tensor, path: Path, *, is_channels_last: bool) -> None:
+    """Write `model` to `path` as a float32 TFLite file with static shapes.
+
+    The outputs are named 'output_0', 'output_1', ... in the order of the tensors in the network's outputs. The same
+    weights give the same bytes.
+
+    Args:
+        model: The network, on the CPU; left as it was found.
+        example: An input in the layout that `model` takes, (1, C, H, W) for images; it fixes the shapes of the file.
+        path: The file to write.
+        is_channels_last: Whether the file takes (1, H, W, C) and returns its 4-D outputs that way, as TFLite runtimes
+            and NPUs expect of a network that takes (1, C, H, W) in PyTorch. False leaves the layout alone.
+
+    Raises:
+        UnsupportedModelError: if the network cannot be exported or is too large for one file.
+        UsageError: if `is_channels_last` is asked for an input that is not 4-D.
+        ToolError: if litert-torch is not installed.
+        OSError: if `path` cannot be written.
+    """
+    if is_channels_last and example.dim() != 4:
+        raise UsageError(f"a channels-last export needs a 4-D input (N, C, H, W), got shape {tuple(example.shape)}")
+    require_below_2_gib(model, "a TFLite")
+    with evaluating(model):
+        flat = FlatOutputs(model).eval()
+        shapes = output_shapes(flat, example)
+        outputs_4d = [i for i, shape in enumerate(shapes) if len(shape) == 4]
+        converted = _converted(flat, example, outputs_4d, is_channels_last=is_channels_last)
+    with quiet():
+        converted.export(str(path))
+
+
+def _converted(
+    model: FlatOutputs, example: Tensor, outputs_4d: list[int], *, is_channels_last: bool
+) -> litert_torch.model.Model:
+    with quiet() as printed:
+        try:
+            import litert_torch
+        except ImportError as error:
+            raise ToolError(
+                f"litert-torch cannot be imported ({first_line(error)}); "
+                "run pip install 'sepdeploy[tflite]', or leave TFLite out with --formats onnx",
+                stderr=printed.getvalue(),
+            ) from error
+        module: nn.Module = model
+        if is_channels_last:
+            module = litert_torch.to_channel_last_io(model, args=[0], outputs=outputs_4d).eval()
+            example = example.permute(0, 2, 3, 1).contiguous()
+        try:
+            with torch.no_grad():
+                return litert_torch.convert(module, (example,))
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"the network cannot be exported to TFLite: {first_line(error)}; rewrite that part of its forward "
+                "method, or leave the format out with --formats onnx"
+            ) from error

@@ -1,0 +1,1 @@
+"""Rewrites of a network in place; each says what it changed."""

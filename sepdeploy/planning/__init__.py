@@ -1,0 +1,1 @@
+"""Which convolutions to replace, and the guard that holds the accuracy."""

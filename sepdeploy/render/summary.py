@@ -1,0 +1,319 @@
+"""What a report comes down to: one sentence, and a handful of numbers before and after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sepdeploy.core.artifact import Format, Role
+from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
+from sepdeploy.core.measurement import Environment, Latency, Method, Quality
+from sepdeploy.core.plan import Decision, Plan, Reason, Replaced
+from sepdeploy.core.report import ArtifactResult, Report
+from sepdeploy.errors import ContractError, UsageError
+from sepdeploy.render.format_numbers import (
+    change_text,
+    count_text,
+    percent_text,
+    plural,
+    points_text,
+    printable,
+    size_text,
+    three_digits,
+    times_text,
+)
+
+__all__ = [
+    "ConvCost",
+    "Speedup",
+    "SummaryRow",
+    "common_method",
+    "cost_after",
+    "describe_form",
+    "environment_text",
+    "kept_counts",
+    "outcome_text",
+    "plan_sentence",
+    "quality_ratio",
+    "short_reason",
+    "speedup_between",
+    "speedup_text",
+    "summarize",
+    "target_label",
+    "target_result",
+    "verdict",
+]
+
+_TARGETS = {"ort": (Format.ONNX, "ONNX Runtime"), "litert": (Format.TFLITE, "LiteRT")}
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRow:
+    """One quantity before and after, as text with units."""
+
+    quantity: str
+    original: str
+    converted: str
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """How many times faster one file is than another.
+
+    Attributes:
+        value: Ratio of times; below 1 is slower.
+        low: Lower end of its 95% interval; None if it was not measured pairwise.
+        high: Upper end of it.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def target_result(report: Report, role: Role) -> ArtifactResult | None:
+    """The file that the checks are about (`role` converted) or the one it is compared to; None if it was not made.
+
+    Raises:
+        UsageError: if the report names a target that does not exist.
+    """
+    return report.result(_target(report)[0], report.precision, role)
+
+
+def target_label(report: Report) -> str:
+    """The runtime and precision that the checks are about, such as 'LiteRT int8'."""
+    return f"{_target(report)[1]} {report.precision.value}"
+
+
+def _target(report: Report) -> tuple[Format, str]:
+    if report.target not in _TARGETS:
+        raise UsageError(
+            f"the report's target '{report.target}' is not one of {', '.join(_TARGETS)}; make the report again"
+        )
+    return _TARGETS[report.target]
+
+
+def verdict(report: Report) -> str:
+    """The outcome in one sentence: how much faster at what cost, or which promise broke.
+
+    Raises:
+        UsageError: if the report names a target that does not exist.
+    """
+    broken = [check for check in report.checks if not check.is_met]
+    if broken:
+        names = " and ".join(check.name for check in broken)
+        sentences = "; ".join(printable(check.sentence).rstrip(".") for check in broken)
+        promise = "promise is" if len(broken) == 1 else "promises are"
+        return f"Not a success, the {names} {promise} broken: {sentences}."
+    if not report.plan.replaced:
+        return f"Nothing was replaced: all {plural(len(report.plan.decisions), 'convolution')} stay as they were."
+    return f"The converted network {_speed_clause(report)} {_quality_clause(_final_quality(report))}."
+
+
+def _speed_clause(report: Report) -> str:
+    before, after = _target_latencies(report)
+    speedup = speedup_between(before, after)
+    if speedup is None:
+        factor = change_text(report.original.macs, report.converted.macs, less="fewer", more="more")
+        return f"needs {factor} multiply-accumulates (its latency was not measured)"
+    return f"is {_faster_or_slower(speedup)} than the original on {target_label(report)}"
+
+
+def _quality_clause(quality: Quality) -> str:
+    points = abs(quality.drop_points)
+    images = plural(quality.images, "validation image")
+    if quality.drop_basis == "relative error":
+        return f"with an output error of {percent_text(quality.relative_error)} on {images}"
+    if quality.drop_basis == "agreement" and quality.agreement_ratio is not None:
+        return f"and agrees with it on {percent_text(quality.agreement_ratio)} of {images}"
+    if round(points, 2) == 0:
+        return f"with the same accuracy on {images}"
+    return f"with {points:.2f} points {'less' if quality.drop_points > 0 else 'more'} accuracy on {images}"
+
+
+def _final_quality(report: Report) -> Quality:
+    """Quality of the file that the checks are about, or of the PyTorch network where there is none."""
+    result = target_result(report, Role.CONVERTED)
+    return result.quality if result and result.quality else report.converted_quality
+
+
+def _target_latencies(report: Report) -> tuple[Latency | None, Latency | None]:
+    before, after = target_result(report, Role.ORIGINAL), target_result(report, Role.CONVERTED)
+    return before.latency if before else None, after.latency if after else None
+
+
+def speedup_between(before: Latency | None, after: Latency | None) -> Speedup | None:
+    """How much faster `after` is than `before`; None if one of them was not measured.
+
+    The interleaved comparison is used where `before` was the reference of it, else the ratio of the medians.
+    """
+    if before is None or after is None:
+        return None
+    if before.speedup is None and after.speedup is not None:
+        return Speedup(after.speedup, after.speedup_low, after.speedup_high)
+    return Speedup(before.median_ms / after.median_ms, None, None)
+
+
+def speedup_text(speedup: Speedup) -> str:
+    """Such as '1.84x (1.79 to 1.90)'; the brackets hold the 95% interval."""
+    if speedup.low is None or speedup.high is None:
+        return times_text(speedup.value)
+    return f"{times_text(speedup.value)} ({speedup.low:.2f} to {speedup.high:.2f})"
+
+
+def summarize(report: Report) -> tuple[SummaryRow, ...]:
+    """Quality, size, cost and latency of the original network and the converted one.
+
+    Raises:
+        UsageError: if the report names a target that does not exist.
+    """
+    original, converted = report.original, report.converted
+    return (
+        _quality_row(report),
+        _size_row(report),
+        _cost_row("MACs for one image", original.macs, converted.macs),
+        _cost_row("Parameters", original.params, converted.params),
+        _latency_row(report),
+    )
+
+
+def _quality_row(report: Report) -> SummaryRow:
+    before, after = report.original_quality, _final_quality(report)
+    images = f"{after.images:,} images"
+    result = target_result(report, Role.CONVERTED)
+    network = f"PyTorch to {target_label(report)}" if result and result.quality else "PyTorch"
+    change = points_text(-after.drop_points)
+    if after.drop_basis == "accuracy" and before.accuracy_ratio is not None and after.accuracy_ratio is not None:
+        quantity, was, now = "Accuracy", before.accuracy_ratio, after.accuracy_ratio
+    elif after.drop_basis == "agreement" and after.agreement_ratio is not None:
+        quantity, was, now = "Agreement with the original", 1.0, after.agreement_ratio
+    else:
+        quantity, was, now = "Relative output error", 0.0, after.relative_error
+        change = points_text(after.drop_points)
+    return SummaryRow(f"{quantity} ({network}, {images})", percent_text(was), percent_text(now), change)
+
+
+def quality_ratio(quality: Quality) -> float | None:
+    """The ratio that the drop was taken from: accuracy, agreement or relative error; None if it was not measured."""
+    ratios = {"accuracy": quality.accuracy_ratio, "agreement": quality.agreement_ratio}
+    return ratios.get(quality.drop_basis, quality.relative_error)
+
+
+def _size_row(report: Report) -> SummaryRow:
+    results = (target_result(report, Role.ORIGINAL), target_result(report, Role.CONVERTED))
+    sizes = [result.artifact.size_bytes if result else None for result in results]
+    was, now = ("not made" if size is None else size_text(size) for size in sizes)
+    change = ""
+    if sizes[0] is not None and sizes[1] is not None:
+        change = change_text(sizes[0], sizes[1], less="smaller", more="larger")
+    return SummaryRow(f"File size ({target_label(report)})", was, now, change)
+
+
+def _cost_row(quantity: str, before: int, after: int) -> SummaryRow:
+    return SummaryRow(
+        quantity, count_text(before), count_text(after), change_text(before, after, less="fewer", more="more")
+    )
+
+
+def _latency_row(report: Report) -> SummaryRow:
+    before, after = _target_latencies(report)
+    known = after or before
+    threads = f", {plural(known.environment.threads, 'thread')}" if known else ""
+    quantity = f"Latency ({target_label(report)}{threads}), median (min)"
+    was, now = (
+        f"{three_digits(latency.median_ms)} ({three_digits(latency.minimum_ms)}) ms" if latency else "not measured"
+        for latency in (before, after)
+    )
+    speedup = speedup_between(before, after)
+    return SummaryRow(quantity, was, now, _faster_or_slower(speedup) if speedup else "")
+
+
+def _faster_or_slower(speedup: Speedup) -> str:
+    if speedup.value >= 1:
+        return f"{times_text(speedup.value)} faster"
+    return f"{times_text(1 / speedup.value)} slower"
+
+
+def common_method(latencies: Iterable[Latency]) -> Method | None:
+    """The one method behind all `latencies`, None if there are none.
+
+    Raises:
+        ContractError: if there are two: such numbers must not share a column.
+    """
+    methods = {latency.method for latency in latencies}
+    if len(methods) > 1:
+        raise ContractError(f"one table must not mix methods: {', '.join(sorted(m.value for m in methods))}")
+    return methods.pop() if methods else None
+
+
+def environment_text(environment: Environment) -> str:
+    """Where numbers come from, such as 'onnxruntime 1.31.1, 1 thread, AMD EPYC (2 cores), Linux x86_64'."""
+    return printable(
+        f"{environment.runtime}, {plural(environment.threads, 'thread')}, {environment.cpu}"
+        f" ({plural(environment.cores, 'core')}), {environment.system}"
+    )
+
+
+def plan_sentence(plan: Plan) -> str:
+    """How many convolutions are replaced and how many stay; the counts sum."""
+    total = plural(len(plan.decisions), "convolution")
+    return f"{len(plan.replaced)} of {total} replaced, {len(plan.kept)} kept"
+
+
+@dataclass(frozen=True, slots=True)
+class ConvCost:
+    """Cost of one convolution: MACs of all its calls for one image, weights and biases."""
+
+    macs: int
+    params: int
+
+
+def cost_after(decision: Decision) -> ConvCost:
+    """Cost of the convolution, or of what replaces it, once the plan is carried out."""
+    if isinstance(decision.outcome, Replaced):
+        return ConvCost(decision.outcome.candidate.macs, decision.outcome.candidate.params)
+    return ConvCost(decision.macs, decision.params)
+
+
+def outcome_text(decision: Decision) -> str:
+    """What becomes of the convolution: the convolutions that replace it, or why it stays."""
+    if isinstance(decision.outcome, Replaced):
+        return describe_form(decision.outcome.candidate.form)
+    detail = f" ({printable(decision.outcome.detail)})" if decision.outcome.detail else ""
+    return f"kept: {decision.outcome.reason.value}{detail}"
+
+
+def kept_counts(plan: Plan) -> tuple[tuple[Reason, int], ...]:
+    """Each reason to keep a convolution with how often it occurs, the most frequent first."""
+    return tuple(Counter(kept.reason for kept in plan.kept.values()).most_common())
+
+
+def short_reason(reason: Reason) -> str:
+    """A few words that fit a table cell; the sentence is the reason's value.
+
+    >>> short_reason(Reason.FEW_CHANNELS)
+    'few channels'
+    """
+    return reason.name.lower().replace("_", " ")
+
+
+def describe_form(form: ChainSum) -> str:
+    """The convolutions of a separable form with their output channels, such as '2 x (3x3 dw 16, 1x1 32)'."""
+    terms = Counter(_describe_chain(term) for term in form.terms)
+    texts = [f"({text})" if len(terms) > 1 or count > 1 else text for text, count in terms.items()]
+    counted = zip(texts, terms.values(), strict=True)
+    return " + ".join(text if count == 1 else f"{count} x {text}" for text, count in counted)
+
+
+def _describe_chain(chain: Chain) -> str:
+    return ", ".join(_describe_stage(stage) for stage in chain.stages)
+
+
+def _describe_stage(stage: Factor | Shuffle) -> str:
+    if isinstance(stage, Shuffle):
+        return f"shuffle {stage.groups}"
+    is_depthwise = stage.groups == stage.in_channels and stage.groups > 1
+    groups = " dw" if is_depthwise else f" g{stage.groups}" if stage.groups > 1 else ""
+    return f"{stage.kernel_size[0]}x{stage.kernel_size[1]}{groups} {stage.out_channels}"

@@ -1,0 +1,310 @@
+"""Tables for the terminal, as Rich renderables; the caller prints them.
+
+Layer and file names fold, numbers never do. All text from outside is shown as it is: no markup, no control characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from sepdeploy.core.chain import Size
+from sepdeploy.core.conv import ConvSite, Trace
+from sepdeploy.core.measurement import Latency, Quality
+from sepdeploy.core.plan import Candidate, Kept, Plan, Reason
+from sepdeploy.core.report import ArtifactResult, Report
+from sepdeploy.render.format_numbers import plural, printable, three_digits, times_text
+from sepdeploy.render.summary import (
+    common_method,
+    cost_after,
+    environment_text,
+    outcome_text,
+    plan_sentence,
+    quality_ratio,
+    short_reason,
+    summarize,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+__all__ = ["artifacts_table", "inspect_table", "latency_table", "plan_table", "summary_table"]
+
+CandidateTable = Mapping[str, Mapping[str, Candidate | Kept]]
+"""Site name -> scheme name -> what the scheme offers for it."""
+
+_NONE = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column: 'name' folds at any character, 'number' stays whole, 'words' breaks between words."""
+
+    header: str
+    kind: Literal["name", "number", "words"] = "number"
+
+
+_TIME_COLUMNS = (_Column("median\n(ms)"), _Column("min\n(ms)"), _Column("p10 to p90\n(ms)"))
+_QUALITY_HEADERS = {"agreement": "agrees", "relative error": "error"}
+_SPEEDUP_COLUMN = _Column("speedup\n(95% CI)")
+
+
+def summary_table(report: Report) -> Table:
+    """The network before and after: quality, file size, MACs, parameters and latency.
+
+    Raises:
+        UsageError: if the report names a target that does not exist.
+    """
+    table = _table(
+        "Before and after",
+        [_Column("", "name"), _Column("original"), _Column("converted"), _Column("change")],
+    )
+    for row in summarize(report):
+        _add_row(table, row.quantity, row.original, row.converted, row.change)
+    return table
+
+
+def artifacts_table(report: Report) -> Table:
+    """Every file with its size, quality and latency; a speedup is that over the reference of its runtime.
+
+    Raises:
+        ContractError: if the latencies came about in different ways.
+    """
+    latencies = [result.latency for result in report.artifacts if result.latency]
+    basis = report.converted_quality.drop_basis
+    columns = [
+        _Column("file", "name"),
+        _Column("kind"),
+        _Column("size\n(MB)"),
+        _Column(f"{_QUALITY_HEADERS.get(basis, basis)}\n(%)"),
+        _Column("SQNR\n(dB)"),
+        *_TIME_COLUMNS,
+        _SPEEDUP_COLUMN,
+    ]
+    table = _table("Files", columns, caption=_measurement_caption(latencies))
+    for result in report.artifacts:
+        _add_row(table, result.artifact.path, *_artifact_cells(result))
+    return table
+
+
+def _artifact_cells(result: ArtifactResult) -> Iterable[str]:
+    artifact, quality = result.artifact, result.quality
+    yield f"{artifact.format.value} {artifact.precision.value}\n{artifact.role.value}"
+    yield three_digits(artifact.size_bytes / 1e6)
+    yield _quality_cell(quality)
+    yield _NONE if quality is None or quality.sqnr_db is None else f"{quality.sqnr_db:.1f}"
+    yield from _time_cells(result.latency)
+    yield _speedup_cell(result.latency)
+
+
+def _quality_cell(quality: Quality | None) -> str:
+    if quality is None:
+        return _NONE
+    ratio = quality_ratio(quality)
+    return _NONE if ratio is None else f"{100 * ratio:.2f}"
+
+
+def _time_cells(latency: Latency | None) -> Iterable[str]:
+    if latency is None:
+        return (_NONE, _NONE, _NONE)
+    spread = f"{three_digits(latency.p10_ms)} - {three_digits(latency.p90_ms)}"
+    return (three_digits(latency.median_ms), three_digits(latency.minimum_ms), spread)
+
+
+def _speedup_cell(latency: Latency | None) -> str:
+    if latency is None:
+        return _NONE
+    if latency.speedup is None:
+        return "reference"
+    if latency.speedup_low is None or latency.speedup_high is None:
+        return times_text(latency.speedup)
+    return f"{times_text(latency.speedup)}\n{latency.speedup_low:.2f} - {latency.speedup_high:.2f}"
+
+
+def latency_table(results: Mapping[str, Latency]) -> Table:
+    """Latencies of files by name; all must come from one method.
+
+    Raises:
+        ContractError: if the latencies came about in different ways.
+    """
+    columns = [_Column("file", "name"), *_TIME_COLUMNS, _Column("repeats"), _SPEEDUP_COLUMN]
+    table = _table("Latency of one inference", columns, caption=_measurement_caption(results.values()))
+    for name, latency in results.items():
+        _add_row(table, name, *_time_cells(latency), f"{latency.repeats:,}", _speedup_cell(latency))
+    return table
+
+
+def _measurement_caption(latencies: Iterable[Latency]) -> str:
+    latencies = tuple(latencies)
+    method = common_method(latencies)
+    if method is None:
+        return "Latency was not measured."
+    places = dict.fromkeys(environment_text(latency.environment) for latency in latencies)
+    counts = dict.fromkeys(f"{plural(each.repeats, 'repeat')} after {each.warmup:,} warm-up" for each in latencies)
+    return f"Latency: {method.value}; {'; '.join(counts)}. {'; '.join(places)}."
+
+
+def plan_table(plan: Plan) -> Table:
+    """What becomes of each convolution and why, with MACs and parameters before and after."""
+    columns = [
+        _Column("convolution", "name"),
+        _Column("becomes", "name"),
+        _Column("MACs\n(M)"),
+        _Column("after\n(M)"),
+        _Column("MACs\nratio"),
+        _Column("params\n(k)"),
+        _Column("after\n(k)"),
+    ]
+    table = _table(f"Plan: {plan.scheme}, {plan_sentence(plan)}", columns)
+    for decision in plan.decisions:
+        after = cost_after(decision)
+        cells = _cost_cells(decision.macs, after.macs, decision.params, after.params)
+        _add_row(table, decision.name, outcome_text(decision), *cells)
+    _add_totals(table, "all convolutions", "", *_plan_totals(plan))
+    return table
+
+
+def _cost_cells(macs: int, macs_after: int, params: int, params_after: int) -> Sequence[str]:
+    ratio = times_text(macs_after / macs) if macs else _NONE
+    return (_mega(macs), _mega(macs_after), ratio, _kilo(params), _kilo(params_after))
+
+
+def _plan_totals(plan: Plan) -> Sequence[str]:
+    after = [cost_after(decision) for decision in plan.decisions]
+    return _cost_cells(
+        sum(decision.macs for decision in plan.decisions),
+        sum(cost.macs for cost in after),
+        sum(decision.params for decision in plan.decisions),
+        sum(cost.params for cost in after),
+    )
+
+
+def inspect_table(trace: Trace, candidates: CandidateTable) -> Table:
+    """Every convolution with its geometry and cost, and what each scheme would make of it.
+
+    Args:
+        trace: The network.
+        candidates: Site name -> scheme name -> candidate or the reason against it. A scheme's column shows the ratio of
+            MACs or that reason in brief; the caption spells the reasons out.
+    """
+    schemes = list(dict.fromkeys(scheme for offers in candidates.values() for scheme in offers))
+    headers = ("kernel", "channels", "output", "MACs\n(M)", "share\n(%)", "params\n(k)")
+    columns = [
+        _Column("convolution", "name"),
+        *(_Column(header) for header in headers),
+        *(_Column(f"{scheme.replace('_', ' ')} (MACs ratio)", "words") for scheme in schemes),
+    ]
+    table = _table("Convolutions", columns, caption=_reasons_caption(trace, candidates))
+    for site in trace.sites:
+        share = f"{100 * site.macs / trace.total_macs:.1f}" if trace.total_macs else _NONE
+        offers = [_offer_cell(site, candidates.get(site.name, {}).get(scheme)) for scheme in schemes]
+        _add_row(table, site.name, *_geometry_cells(site), _mega(site.macs), share, _kilo(site.params), *offers)
+    _add_totals(table, *_inspect_totals(trace, candidates, schemes))
+    return table
+
+
+def _geometry_cells(site: ConvSite) -> Sequence[str]:
+    output = _output_cell(site)
+    if site.spec is None:
+        return (site.module_type, _NONE, output)
+    spec = site.spec
+    kernel = _product(spec.kernel_size)
+    stride = "" if spec.stride == (1, 1) else f" /{_size(spec.stride)}"
+    dilation = "" if spec.dilation == (1, 1) else f" d{_size(spec.dilation)}"
+    groups = " dw" if spec.is_depthwise else f" g{spec.groups}" if spec.groups > 1 else ""
+    return (f"{kernel}{stride}{dilation}{groups}", f"{spec.in_channels}>{spec.out_channels}", output)
+
+
+def _output_cell(site: ConvSite) -> str:
+    if not site.calls:
+        return "not run"
+    sizes = dict.fromkeys(_product(call.output_shape[2:]) for call in site.calls)
+    times = f" (x{len(site.calls)})" if len(site.calls) > 1 else ""
+    return f"{', '.join(sizes)}{times}"
+
+
+def _offer_cell(site: ConvSite, offer: Candidate | Kept | None) -> str:
+    if isinstance(offer, Candidate):
+        return times_text(offer.macs / site.macs) if site.macs else _NONE
+    reason = offer.reason if offer else site.reason
+    return short_reason(reason) if reason else _NONE
+
+
+def _inspect_totals(trace: Trace, candidates: CandidateTable, schemes: Sequence[str]) -> Sequence[str]:
+    def ratio(scheme: str) -> str:
+        saved = 0
+        for site in trace.sites:
+            offer = candidates.get(site.name, {}).get(scheme)
+            saved += site.macs - offer.macs if isinstance(offer, Candidate) else 0
+        return times_text((trace.total_macs - saved) / trace.total_macs) if trace.total_macs else _NONE
+
+    cells = [_mega(trace.total_macs), "100.0", _kilo(trace.total_params)]
+    return ("whole network", "", "", "", *cells, *(ratio(scheme) for scheme in schemes))
+
+
+def _reasons_caption(trace: Trace, candidates: CandidateTable) -> str | None:
+    reasons: dict[Reason, None] = {}
+    for site in trace.sites:
+        for offer in candidates.get(site.name, {}).values():
+            reason = None if isinstance(offer, Candidate) else offer.reason
+            reasons.update({each: None for each in (reason, site.reason) if each})
+    return "\n".join(f"{short_reason(reason)}: {reason.value}" for reason in reasons) or None
+
+
+def _product(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _size(size: Size) -> str:
+    return str(size[0]) if size[0] == size[1] else _product(size)
+
+
+def _mega(count: int) -> str:
+    return three_digits(count / 1e6)
+
+
+def _kilo(count: int) -> str:
+    return three_digits(count / 1e3)
+
+
+def _table(title: str, columns: Sequence[_Column], *, caption: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=_text(title, style="bold"),
+        caption=None if caption is None else _text(caption),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for column in columns:
+        longest_word = max(map(len, column.header.split()), default=0)
+        table.add_column(
+            _text(column.header),
+            justify="left" if column.kind == "name" else "right",
+            no_wrap=column.kind == "number",
+            overflow="fold",
+            min_width={"name": 8, "number": None, "words": longest_word}[column.kind],
+        )
+    return table
+
+
+def _add_row(table: Table, name: str, *cells: str) -> None:
+    table.add_row(_text(printable(name)), *(_text(cell) for cell in cells))
+
+
+def _add_totals(table: Table, *cells: str) -> None:
+    table.add_section()
+    table.add_row(*(_text(cell) for cell in cells), style="bold")
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Rich text without markup; line breaks are ours, everything else unprintable is escaped."""
+    from rich.text import Text
+
+    return Text("\n".join(printable(line) for line in text.split("\n")), style=style)

@@ -1,0 +1,1 @@
+"""Separable schemes, one per file, and the module that runs any of them."""

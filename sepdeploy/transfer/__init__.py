@@ -1,0 +1,1 @@
+"""Weights for the separable forms, computed from the trained dense kernels without training."""

@@ -1,0 +1,202 @@
+"""Weights for one separable form from one trained convolution: in closed form, then anchored to the original network.
+
+Anchored transfer goes layer by layer, on the inputs that the converted network really gives each layer: closed-form
+factors of the kernel, whitened by the second moments of those inputs; then a ridge least-squares solve of the last
+factors (of all terms together) and the bias against the ORIGINAL network's output at that place; then a descent on all
+factors (`refine.py`). The errors of the layers before are thus corrected as far as the layer can, not passed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
+from torch import Tensor, nn
+
+from sepdeploy.core.conv import ConvSite, ConvSpec
+from sepdeploy.core.plan import Candidate
+from sepdeploy.core.report import LayerTransfer
+from sepdeploy.errors import ContractError
+from sepdeploy.schemes.module import ChainConv2d, compose_kernels
+from sepdeploy.schemes.scheme import FactorWeights, find_scheme
+from sepdeploy.transfer.moments import LeastSquaresSums, patch_moments, patches
+from sepdeploy.transfer.prefix import run_until
+from sepdeploy.transfer.refine import MAX_WINDOW_FEATURES, refine_factors
+
+__all__ = ["Batches", "TransferMethod", "transfer_layer"]
+
+Batches = Callable[[], Iterable[Tensor]]
+"""Starts a new pass over the calibration images: batches as the network takes them, float32."""
+
+TransferMethod = Literal["data-free", "anchored"]
+
+_MOMENT_IMAGES = 128
+"""Images for the whitening: K*K x K*K matrices need far fewer samples than the solve does."""
+
+_HELD_OUT_RATIO = 0.25
+"""Share of each batch on which the ridge is chosen; the final solve uses all."""
+
+_RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@torch.no_grad()
+def transfer_layer(
+    original: nn.Module, converted: nn.Module, site: ConvSite, candidate: Candidate, batches: Batches, method: TransferMethod
+) -> tuple[ChainConv2d, LayerTransfer]:
+    """The module that takes the place of one convolution.
+
+    Args:
+        original: The trained network, untouched.
+        converted: A copy in which the layers before this one are converted already; its convolution `site` is not.
+        site: The convolution.
+        candidate: What it becomes.
+        batches: Calibration images; several passes are made.
+        method: 'data-free' needs no images; 'anchored' does.
+
+    Returns:
+        The module with its weights, and how well it imitates the convolution.
+    """
+    if site.spec is None:
+        raise ContractError(f"{site.name} has no 2-D geometry")
+    conv = original.get_submodule(site.name)
+    if not isinstance(conv, nn.Conv2d):
+        raise ContractError(f"{site.name} is no nn.Conv2d")
+    weight = conv.weight.detach()
+    scheme = find_scheme(candidate.scheme)
+    data_free = scheme.factorize(weight, candidate.form)
+    approximation = compose_kernels(data_free, candidate.form, site.spec.groups)
+    kernel_error = float((approximation - weight).norm() / weight.norm().clamp_min(1e-30))
+    has_bias = method == "anchored" or site.spec.has_bias
+    module = ChainConv2d(candidate.form, site.spec, bias=has_bias, dtype=weight.dtype).eval()
+    module.set_weights(data_free, conv.bias)
+    if method == "data-free":
+        return module, LayerTransfer(site.name, kernel_error, None, "data-free")
+
+    moments = _input_moments(converted, site, candidate, batches)
+    module.set_weights(scheme.factorize(weight, candidate.form, moments), conv.bias)
+    output_error = _solve(module, original, converted, site, batches)
+    return module, LayerTransfer(site.name, kernel_error, output_error, "anchored")
+
+
+def _input_moments(converted: nn.Module, site: ConvSite, candidate: Candidate, batches: Batches) -> Tensor:
+    """Second moments of the first factor's patches on the converted network's own inputs, (G, n, n) float64."""
+    first = candidate.form.terms[0].factors[0]
+    total: Tensor | None = None
+    images = 0
+    for batch in batches():
+        batch = batch[: _MOMENT_IMAGES - images]
+        images += len(batch)
+        for x in run_until(converted, site.name, batch, calls=len(site.calls), needs_outputs=False).inputs:
+            part = patch_moments(_padded(x, site.spec), first)
+            total = part if total is None else total + part
+        if images == _MOMENT_IMAGES:
+            break
+    if total is None:
+        raise ContractError("no calibration images")
+    return total
+
+
+def _solve(
+    module: ChainConv2d, original: nn.Module, converted: nn.Module, site: ConvSite, batches: Batches
+) -> float:
+    """Fit the weights in place to the original outputs, in one pass; returns the relative error of the outputs."""
+    prior = _last_factors_as_matrix(module)
+    groups, features, outputs = prior.shape
+    fit, held_out = (LeastSquaresSums(groups, features - 1, outputs) for _ in range(2))
+    window = module.spec.as_factor()
+    window_features = window.params // window.out_channels
+    is_narrow = window_features <= MAX_WINDOW_FEATURES
+    window_fit, window_held_out = (
+        LeastSquaresSums(window.groups, window_features if is_narrow else 0, window.out_channels // window.groups)
+        for _ in range(2)
+    )
+    for batch in batches():
+        calls = len(site.calls)
+        inputs = run_until(converted, site.name, batch, calls=calls, needs_outputs=False).inputs
+        targets = run_until(original, site.name, batch, calls=calls, needs_outputs=True).outputs
+        for x, y in zip(inputs, targets, strict=True):
+            split = len(x) - int(len(x) * _HELD_OUT_RATIO)
+            for sums, window_sums, part in (
+                (fit, window_fit, slice(None, split)),
+                (held_out, window_held_out, slice(split, None)),
+            ):
+                if len(x[part]):
+                    sums.add(_last_factor_columns(module, x[part]), _grouped_outputs(y[part], groups))
+                if is_narrow and len(x[part]):
+                    columns = patches(_padded(x[part], module.spec), window)
+                    window_sums.add(columns, _grouped_outputs(y[part], window.groups))
+    total = fit + held_out
+    solution = _best_solution(fit, held_out, total, prior)
+    _set_last_factors(module, solution)
+    if is_narrow:
+        return refine_factors(module, window_fit, window_held_out)
+    energy = max(total.target_energy, 1e-30)
+    return float((total.squared_error(solution) / energy) ** 0.5)
+
+
+def _best_solution(
+    fit: LeastSquaresSums, held_out: LeastSquaresSums, total: LeastSquaresSums, prior: Tensor
+) -> Tensor:
+    """The solution with the ridge that does best on held-out positions; the prior itself if none beats it."""
+    if held_out.positions == 0:
+        return total.solve(prior, _RIDGES[-1])
+    errors = {ridge: held_out.squared_error(fit.solve(prior, ridge)) for ridge in _RIDGES}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    if errors[best] >= held_out.squared_error(prior):
+        return prior
+    return total.solve(prior, best)
+
+
+def _last_factor_columns(module: ChainConv2d, x: Tensor) -> Tensor:
+    """What the last factors of all terms read for each output position, (G, n, P), stacked term by term."""
+    x = _padded(x, module.spec)
+    columns = []
+    for term, chain in zip(module.terms, module.form.terms, strict=True):
+        stages = list(term.children())
+        # Everything up to the last convolution; its padding (a module of its own if asymmetric) is in `patches`.
+        for stage in stages[: -2 if isinstance(stages[-2], nn.ZeroPad2d) else -1]:
+            x_term = stage(x if stage is stages[0] else x_term)
+        columns.append(patches(x_term, chain.factors[-1]))
+    return torch.cat(columns, dim=1)
+
+
+def _last_factors_as_matrix(module: ChainConv2d) -> Tensor:
+    """Last factors of all terms and the bias as one (G, n + 1, O / G) float64 matrix per group."""
+    lasts = [term[-1] for term in module.factor_modules()]
+    groups = lasts[0].groups
+    if any(last.groups != groups for last in lasts):
+        raise ContractError("the last factors of all terms must have the same groups")
+    rows = [last.weight.double().reshape(groups, module.out_channels // groups, -1).mT for last in lasts]
+    bias = module.bias
+    if bias is None:
+        raise ContractError("an anchored solve needs a bias")
+    return torch.cat([*rows, bias.double().reshape(groups, 1, -1)], dim=1)
+
+
+def _set_last_factors(module: ChainConv2d, solution: Tensor) -> None:
+    """The inverse of `_last_factors_as_matrix`."""
+    lasts = [term[-1] for term in module.factor_modules()]
+    start = 0
+    for last in lasts:
+        rows = last.weight[0].numel()
+        last.weight.copy_(solution[:, start : start + rows].mT.reshape(last.weight.shape))
+        start += rows
+    bias = module.bias
+    if bias is not None:
+        bias.copy_(solution[:, -1].reshape(-1))
+
+
+def _grouped_outputs(y: Tensor, groups: int) -> Tensor:
+    """(N, O, H, W) as (G, O / G, N * H * W), positions ordered as `patches` orders them."""
+    batch, channels = y.shape[:2]
+    return y.reshape(batch, groups, channels // groups, -1).permute(1, 2, 0, 3).flatten(2)
+
+
+def _padded(x: Tensor, spec: ConvSpec | None) -> Tensor:
+    """Apply a padding mode other than zeros, which no factor does itself."""
+    if spec is None or spec.padding_mode == "zeros":
+        return x
+    top, bottom, left, right = spec.padding
+    return F.pad(x, (left, right, top, bottom), mode=spec.padding_mode)

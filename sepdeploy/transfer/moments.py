@@ -1,0 +1,103 @@
+"""Sums over calibration images, streamed in float64: activations themselves are never kept."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
+from torch import Tensor
+
+from sepdeploy.core.chain import Factor
+
+__all__ = ["LeastSquaresSums", "patch_moments", "patches"]
+
+
+def patches(x: Tensor, factor: Factor) -> Tensor:
+    """What each output position of a grouped convolution reads.
+
+    Args:
+        x: (N, C, H, W).
+        factor: The convolution.
+
+    Returns:
+        (groups, C / groups * Kh * Kw, N * H' * W'), ordered as the kernel (C / groups, Kh, Kw) is.
+    """
+    top, bottom, left, right = factor.padding
+    if factor.kernel_size == (1, 1):
+        unfolded = F.pad(x, (left, right, top, bottom))[:, :, :: factor.stride[0], :: factor.stride[1]].flatten(2)
+    else:
+        unfolded = F.unfold(
+            F.pad(x, (left, right, top, bottom)),
+            factor.kernel_size,
+            dilation=factor.dilation,
+            stride=factor.stride,
+        )
+    batch, rows, positions = unfolded.shape
+    grouped = unfolded.reshape(batch, factor.groups, rows // factor.groups, positions)
+    return grouped.permute(1, 2, 0, 3).reshape(factor.groups, rows // factor.groups, batch * positions)
+
+
+def patch_moments(x: Tensor, factor: Factor) -> Tensor:
+    """Sum over positions of patch patch^T for each group, (groups, n, n) in float64."""
+    columns = patches(x, factor)
+    return (columns @ columns.mT).double()
+
+
+class LeastSquaresSums:
+    """Sums that a least-squares problem y ~ W p + b needs, one problem per group of channels.
+
+    Attributes:
+        gram: Sum of [p; 1] [p; 1]^T, (G, n + 1, n + 1), float64.
+        cross: Sum of [p; 1] y^T, (G, n + 1, m), float64.
+        target_energy: Sum of y^2 over everything, float64.
+        positions: Number of positions summed.
+    """
+
+    def __init__(self, groups: int, features: int, outputs: int) -> None:
+        self.gram = torch.zeros(groups, features + 1, features + 1, dtype=torch.float64)
+        self.cross = torch.zeros(groups, features + 1, outputs, dtype=torch.float64)
+        self.target_energy = 0.0
+        self.positions = 0
+
+    def add(self, columns: Tensor, targets: Tensor) -> None:
+        """Add a batch: `columns` (G, n, P) with their `targets` (G, m, P)."""
+        ones = columns.new_ones(columns.shape[0], 1, columns.shape[2])
+        extended = torch.cat([columns, ones], dim=1)
+        self.gram += (extended @ extended.mT).double()
+        self.cross += (extended @ targets.mT).double()
+        self.target_energy += float(targets.double().square().sum())
+        self.positions += columns.shape[2]
+
+    def __add__(self, other: LeastSquaresSums) -> LeastSquaresSums:
+        total = LeastSquaresSums(self.gram.shape[0], self.gram.shape[1] - 1, self.cross.shape[2])
+        total.gram = self.gram + other.gram
+        total.cross = self.cross + other.cross
+        total.target_energy = self.target_energy + other.target_energy
+        total.positions = self.positions + other.positions
+        return total
+
+    def squared_error(self, solution: Tensor) -> float:
+        """Sum of |y - solution^T [p; 1]|^2 over all positions, for `solution` (G, n + 1, m)."""
+        fitted = (solution * (self.gram @ solution)).sum() - 2 * (solution * self.cross).sum()
+        return max(self.target_energy + float(fitted), 0.0)
+
+    def solve(self, prior: Tensor, ridge: float) -> Tensor:
+        """Minimize the squared error + ridge * sum_i gram_ii (solution - prior)_i^2.
+
+        The penalty pulls towards a known good solution, weighted by the size of each feature, so that dead or
+        collinear features keep their prior weights and the system is never singular.
+
+        Args:
+            prior: (G, n + 1, m), float64.
+            ridge: Above 0.
+
+        Returns:
+            (G, n + 1, m), float64.
+        """
+        diagonal = self.gram.diagonal(dim1=-2, dim2=-1)
+        floor = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny) * 1e-9
+        penalty = torch.diag_embed(ridge * torch.maximum(diagonal, floor))
+        factor, _ = torch.linalg.cholesky_ex(self.gram + penalty)
+        step = torch.cholesky_solve(self.cross - self.gram @ prior, factor)
+        if not bool(torch.isfinite(step).all()):
+            step = torch.linalg.lstsq(self.gram + penalty, self.cross - self.gram @ prior).solution
+        return prior + step

@@ -1,0 +1,117 @@
+"""Refine all factors of a form together, on sums alone: no further pass over the images.
+
+The form computes a convolution whose kernel W' is a polynomial in its factors, so its squared error against the target,
+    sum |y - W' p|^2 = sum y^2 - 2 <W', sum y p^T> + <W', W' sum p p^T>,
+needs only the second moments of the window patches p and their products with the targets. L-BFGS on this function
+refines what the closed form and the last factors' exact solve began; it stops where held-out positions stop gaining.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sepdeploy.core.chain import ChainSum
+from sepdeploy.schemes.module import ChainConv2d, compose_kernels
+from sepdeploy.transfer.moments import LeastSquaresSums
+
+__all__ = ["MAX_WINDOW_FEATURES", "refine_factors"]
+
+MAX_WINDOW_FEATURES = 2400
+"""Widest window, I / groups * Kh * Kw, whose n x n moments are worth their time: 256 channels at 3x3."""
+
+_ITERATIONS_PER_ROUND = 20
+_MAX_ROUNDS = 5
+_MIN_GAIN = 2e-3  # of the held-out error, per round
+
+
+def refine_factors(module: ChainConv2d, fit: LeastSquaresSums, held_out: LeastSquaresSums) -> float:
+    """Improve the weights and the bias of `module` in place.
+
+    Args:
+        module: Starts from its present weights; has a bias.
+        fit: Sums over window patches (as the dense kernel sees them) and targets to descend on.
+        held_out: The same over other images: decides how far to descend; may be empty.
+
+    Returns:
+        Relative error |y - y'| / |y| over both sets, afterwards.
+    """
+    start = _parameters_of(module)
+    total = fit + held_out
+    rounds = _useful_rounds(start, module, fit, held_out) if held_out.positions else 1
+    parameters = start
+    if rounds:
+        refined = _descend(start, module, total, rounds)
+        if _error(refined, module, total) < _error(start, module, total):
+            parameters = refined
+    factors, bias = _split(parameters, module.form)
+    module.set_weights(tuple(tuple(w.float() for w in term) for term in factors), bias.float())
+    return float(_error(parameters, module, total) ** 0.5)
+
+
+def _useful_rounds(
+    start: list[Tensor], module: ChainConv2d, fit: LeastSquaresSums, held_out: LeastSquaresSums
+) -> int:
+    """How many rounds on `fit` still improve `held_out`."""
+    best = _error(start, module, held_out)
+    parameters = start
+    for done in range(_MAX_ROUNDS):
+        parameters = _descend(parameters, module, fit, 1)
+        error = _error(parameters, module, held_out)
+        if not error < best * (1 - _MIN_GAIN):
+            return done
+        best = error
+    return _MAX_ROUNDS
+
+
+def _descend(start: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums, rounds: int) -> list[Tensor]:
+    """L-BFGS from `start`; returns new parameters."""
+    parameters = [value.clone().requires_grad_() for value in start]
+    for _ in range(rounds):
+        optimizer = torch.optim.LBFGS(
+            parameters,
+            max_iter=_ITERATIONS_PER_ROUND,
+            history_size=_ITERATIONS_PER_ROUND,
+            tolerance_grad=0,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure(optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = _loss(parameters, module, sums)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return [value.detach() for value in parameters]
+
+
+def _loss(parameters: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums) -> Tensor:
+    """Squared error relative to the energy of the targets."""
+    factors, bias = _split(parameters, module.form)
+    groups = sums.gram.shape[0]
+    kernel = compose_kernels(factors, module.form, groups)
+    columns = kernel.reshape(groups, module.out_channels // groups, -1)
+    extended = torch.cat([columns, bias.reshape(groups, -1, 1)], dim=2).mT
+    quadratic = (extended * (sums.gram @ extended)).sum() - 2 * (extended * sums.cross).sum()
+    return (quadratic + sums.target_energy) / max(sums.target_energy, 1e-30)
+
+
+@torch.no_grad()
+def _error(parameters: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums) -> float:
+    return max(float(_loss(parameters, module, sums)), 0.0)
+
+
+def _parameters_of(module: ChainConv2d) -> list[Tensor]:
+    """All factor weights, term by term, and the bias last, as float64 copies."""
+    weights = [conv.weight.detach().double() for term in module.factor_modules() for conv in term]
+    bias = module.bias
+    return [*weights, torch.zeros(module.out_channels).double() if bias is None else bias.detach().double()]
+
+
+def _split(parameters: list[Tensor], form: ChainSum) -> tuple[tuple[tuple[Tensor, ...], ...], Tensor]:
+    """The inverse of `_parameters_of`: weights per term and factor, and the bias."""
+    weights = iter(parameters[:-1])
+    return tuple(tuple(next(weights) for _ in chain.factors) for chain in form.terms), parameters[-1]

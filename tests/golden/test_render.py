@@ -1,0 +1,41 @@
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+
+from sepdeploy.render import terminal
+from sepdeploy.render.html import render_html
+
+Check = Callable[[str, str], None]
+
+
+def as_text(*renderables: object) -> str:
+    console = Console(width=100, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(*renderables, sep="\n")
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+@pytest.mark.parametrize("name", ["success", "agreement", "regression", "slow", "nothing_replaced", "hostile"])
+def test_report_tables(name: str, samples: ModuleType, check_golden: Check) -> None:
+    report = samples.REPORTS[name]()
+
+    tables = (terminal.summary_table(report), terminal.artifacts_table(report), terminal.plan_table(report.plan))
+
+    check_golden(f"report_{name}.txt", as_text(*tables))
+
+
+@pytest.mark.parametrize("name", ["success", "slow", "nothing_replaced", "hostile"])
+def test_html(name: str, samples: ModuleType, check_golden: Check) -> None:
+    check_golden(f"report_{name}.html", render_html(samples.REPORTS[name]()))
+
+
+def test_inspect_table(samples: ModuleType, check_golden: Check) -> None:
+    check_golden("inspect.txt", as_text(terminal.inspect_table(*samples.trace_and_candidates())))
+
+
+def test_latency_table(samples: ModuleType, check_golden: Check) -> None:
+    results = {each.artifact.path: each.latency for each in samples.success_report().artifacts}
+
+    check_golden("latency.txt", as_text(terminal.latency_table(results)))

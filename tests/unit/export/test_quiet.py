@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+import pytest
+
+from sepdeploy.export.quiet import first_line, quiet
+
+
+def test_holds_everything_back_and_restores_it(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    environment = dict(os.environ)
+    with quiet() as printed:
+        print("progress")  # noqa: T201
+        print("advice", file=sys.stderr)  # noqa: T201
+        logging.getLogger("torch").error("not installed")
+        warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
+    assert printed.getvalue() == "progress\nadvice\n"
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert dict(os.environ) == environment
+    logging.getLogger("torch").error("heard again")
+    assert caplog.messages == ["heard again"]
+
+
+def test_restores_everything_after_an_error() -> None:
+    environment, level = dict(os.environ), logging.root.manager.disable
+    with pytest.raises(KeyError), quiet():
+        raise KeyError
+    assert (dict(os.environ), logging.root.manager.disable) == (environment, level)
+
+
+def test_first_line_is_that_of_the_innermost_cause() -> None:
+    error = RuntimeError("export failed, next steps:")
+    error.__cause__ = ValueError("\n\x1b[96mno kernel for svd.\x1b[0m\nsee page 2")
+    assert first_line(error) == "no kernel for svd"
+    assert first_line(KeyError()) == "KeyError"

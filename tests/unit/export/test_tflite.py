@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sepdeploy.errors import ToolError, UnsupportedModelError, UsageError
+from sepdeploy.export.tflite import export_tflite
+
+pytest.importorskip("ai_edge_litert.interpreter", reason="needs sepdeploy[tflite]")
+
+TOLERANCE = 1e-4  # as for ONNX
+
+
+def run(path: Path, image: np.ndarray) -> dict[str, np.ndarray]:
+    """Outputs by name for one image in the layout of the file."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(str(path), num_threads=1).get_signature_runner()
+    (name,) = runner.get_input_details()
+    return runner(**{name: np.ascontiguousarray(image)})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tflite")
+
+
+@pytest.fixture(scope="module")
+def classifier_file(classifier: nn.Module, images: Tensor, folder: Path) -> Path:
+    export_tflite(classifier, images[:1], folder / "classifier.tflite", is_channels_last=True)
+    return folder / "classifier.tflite"
+
+
+@pytest.fixture(scope="module")
+def nested_file(nested_outputs: nn.Module, images: Tensor, folder: Path) -> Path:
+    export_tflite(nested_outputs, images[:1], folder / "nested.tflite", is_channels_last=True)
+    return folder / "nested.tflite"
+
+
+def test_channels_last_file_computes_what_the_network_computes(
+    classifier: nn.Module, classifier_file: Path, images: Tensor
+) -> None:
+    for i in range(len(images)):
+        image = images[i : i + 1]
+        (output,) = run(classifier_file, image.permute(0, 2, 3, 1).numpy()).values()
+        with torch.no_grad():
+            np.testing.assert_allclose(output, classifier(image).numpy(), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_outputs_keep_their_order_and_4d_ones_turn_channels_last(
+    nested_outputs: nn.Module, nested_file: Path, images: Tensor
+) -> None:
+    outputs = run(nested_file, images[:1].permute(0, 2, 3, 1).numpy())
+    with torch.no_grad():
+        wanted = nested_outputs(images[:1])
+    assert sorted(outputs) == ["output_0", "output_1", "output_2"]
+    np.testing.assert_allclose(outputs["output_0"], wanted["scores"].numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(outputs["output_1"], wanted["extra"][1].permute(0, 2, 3, 1).numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(outputs["output_2"], wanted["aux"].numpy(), atol=TOLERANCE)
+
+
+def test_layout_can_be_left_alone(
+    dense_map: nn.Module, images: Tensor, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export_tflite(dense_map, images[:1], folder / "map.tflite", is_channels_last=False)
+    printed = capfd.readouterr()
+    (output,) = run(folder / "map.tflite", images[:1].numpy()).values()
+    with torch.no_grad():
+        np.testing.assert_allclose(output, dense_map(images[:1]).numpy(), atol=TOLERANCE)
+    assert printed == ("", "")
+
+
+def test_same_weights_give_same_bytes_without_paths(
+    nested_outputs: nn.Module, nested_file: Path, images: Tensor, folder: Path
+) -> None:
+    environment = dict(os.environ)
+    export_tflite(nested_outputs, images[1:2], folder / "again.tflite", is_channels_last=True)
+    data = nested_file.read_bytes()
+    assert data == (folder / "again.tflite").read_bytes()
+    for path in (str(Path(__file__).parents[3]), str(Path.home()), str(folder), "site-packages"):
+        assert path.encode() not in data
+    assert dict(os.environ) == environment
+
+
+def test_data_dependent_control_flow_is_refused(data_dependent: nn.Module, images: Tensor, folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"to TFLite: .*data-dependent.*--formats onnx"):
+        export_tflite(data_dependent, images[:1], folder / "no.tflite", is_channels_last=True)
+    assert not (folder / "no.tflite").exists()
+
+
+def test_channels_last_needs_images(classifier: nn.Module, folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"4-D input .* got shape \(1, 3\)"):
+        export_tflite(classifier, torch.zeros(1, 3), folder / "no.tflite", is_channels_last=True)
+
+
+def test_missing_exporter_says_how_to_install_it(
+    classifier: nn.Module, images: Tensor, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "litert_torch", None)
+    with pytest.raises(ToolError, match=r"pip install 'sepdeploy\[tflite\]'.*--formats onnx"):
+        export_tflite(classifier, images[:1], folder / "no.tflite", is_channels_last=True)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sepdeploy.bench.litert import LitertSession
+from sepdeploy.errors import ToolError, UsageError
+from sepdeploy.quantize.inspect_int8 import float_ops_of_tflite
+from sepdeploy.quantize.tflite_int8 import quantize_tflite
+
+
+def single(images: np.ndarray) -> Iterator[np.ndarray]:
+    """Channels-last images, one by one."""
+    return (images[i : i + 1].transpose(0, 2, 3, 1) for i in range(len(images)))
+
+
+@pytest.fixture(scope="module")
+def int8_tflite(float_tflite: Path, calibration: np.ndarray) -> Path:
+    path = float_tflite.with_name("int8.tflite")
+    quantize_tflite(float_tflite, path, single(calibration))
+    return path
+
+
+def test_outputs_stay_close(net: nn.Module, int8_tflite: Path, validation: np.ndarray) -> None:
+    (output,) = LitertSession(int8_tflite, is_channels_last=True).predict(validation)
+    with torch.no_grad():
+        wanted = net(torch.from_numpy(validation)).numpy()
+    assert 10 * np.log10(np.sum(wanted**2) / np.sum((output - wanted) ** 2)) > 20
+
+
+def test_everything_is_int8(int8_tflite: Path, float_tflite: Path) -> None:
+    from ai_edge_litert.interpreter import Interpreter
+
+    assert float_ops_of_tflite(int8_tflite) == ()
+    assert "CONV_2D x3" in float_ops_of_tflite(float_tflite)
+    assert "DEPTHWISE_CONV_2D x1" in float_ops_of_tflite(float_tflite)
+    interpreter = Interpreter(str(int8_tflite))
+    for detail in (*interpreter.get_input_details(), *interpreter.get_output_details()):
+        assert detail["dtype"] is np.int8
+    kernels = [detail for detail in interpreter.get_tensor_details() if len(detail["shape"]) == 4]
+    assert {16, 32} <= {len(detail["quantization_parameters"]["scales"]) for detail in kernels}
+
+
+def test_ranges_span_all_images_not_an_average(float_tflite: Path, calibration: np.ndarray, tmp_path: Path) -> None:
+    from ai_edge_litert.interpreter import Interpreter
+
+    spread = np.concatenate([calibration[:1] * 0 + 5, calibration[:1] * 0 - 3, calibration[:1] * 0])
+    quantize_tflite(float_tflite, tmp_path / "int8.tflite", single(spread))
+    (detail,) = Interpreter(str(tmp_path / "int8.tflite")).get_input_details()
+    assert detail["quantization_parameters"]["scales"] == pytest.approx([8 / 255], rel=1e-5)
+
+
+def test_same_images_give_same_bytes(int8_tflite: Path, float_tflite: Path, calibration: np.ndarray) -> None:
+    again = float_tflite.with_name("again.tflite")
+    quantize_tflite(float_tflite, again, single(calibration))
+    assert again.read_bytes() == int8_tflite.read_bytes()
+
+
+def test_images_stream_one_at_a_time(float_tflite: Path, calibration: np.ndarray, tmp_path: Path) -> None:
+    import weakref
+
+    alive: list[weakref.ref[np.ndarray]] = []
+    most_alive = 0
+
+    def images() -> Iterator[np.ndarray]:
+        nonlocal most_alive
+        for _ in range(8):
+            image = calibration[:1].transpose(0, 2, 3, 1).copy()
+            alive.append(weakref.ref(image))
+            most_alive = max(most_alive, sum(ref() is not None for ref in alive))
+            yield image
+            del image
+
+    quantize_tflite(float_tflite, tmp_path / "int8.tflite", images())
+    assert most_alive <= 2
+
+
+def test_images_that_do_not_fit_are_usage_errors(float_tflite: Path, calibration: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there are none"):
+        quantize_tflite(float_tflite, tmp_path / "int8.tflite", [])
+    with pytest.raises(UsageError, match=r"shape \(1, 3, 16, 12\), the network takes \(1, 16, 12, 3\)"):
+        quantize_tflite(float_tflite, tmp_path / "int8.tflite", [calibration[:1]])
+
+
+def test_damaged_file_is_a_tool_error(calibration: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "bad.tflite").write_bytes(b"not a network")
+    with pytest.raises(ToolError, match=r"could not quantize .*bad\.tflite"):
+        quantize_tflite(tmp_path / "bad.tflite", tmp_path / "int8.tflite", single(calibration))
+
+
+def test_missing_quantizer_says_how_to_install_it(
+    float_tflite: Path, calibration: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ai_edge_quantizer.quantizer", None)
+    monkeypatch.setitem(sys.modules, "ai_edge_quantizer", None)
+    with pytest.raises(ToolError, match=r"pip install 'sepdeploy\[tflite\]'"):
+        quantize_tflite(float_tflite, tmp_path / "int8.tflite", single(calibration))
