@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.utils import _pair
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -50,6 +52,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stack: list[nn.Module] = []
         self.operations: list[_Operation] = []
         self.batchnorm_calls: Counter[int] = Counter()
+        self.parameter_readers: dict[int, set[int]] = {}  # parameter -> modules that ran an operator on it, by id
         self.total_macs = 0
         self._by_output: dict[int, _Operation] = {}  # the operations keep the tensors alive, so ids stay unique
 
@@ -58,7 +61,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         enclosing = self.stack[-1] if self.stack else None
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and (operation := self._by_output.get(id(leaf))):
+            if isinstance(leaf, nn.Parameter):
+                self.parameter_readers.setdefault(id(leaf), set()).add(id(enclosing))
+            elif isinstance(leaf, Tensor) and (operation := self._by_output.get(id(leaf))):
                 operation.readers.append(enclosing)
         packet = func._overloadpacket
         if packet in flop_registry:
@@ -88,7 +93,7 @@ def _following_modules(recorder: _Recorder) -> Iterator[None]:
     """Keep `recorder.stack` at the modules that are running."""
 
     def enter(module: nn.Module, _args: Any) -> None:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm):
             recorder.batchnorm_calls[id(module)] += 1
         recorder.stack.append(module)
 
@@ -124,7 +129,7 @@ def trace_network(model: nn.Module, example: Tensor) -> Trace:
     recorder = _Recorder()
     with torch.no_grad(), _following_modules(recorder), recorder:
         try:
-            returned = model(example)
+            returned = model(example.clone())  # a copy: networks may normalize their input in place
         except Exception as error:
             raise UsageError(
                 f"the network does not run on an input of shape {tuple(example.shape)}: {type(error).__name__}: "
@@ -158,23 +163,48 @@ def output_tensors(returned: object) -> list[Tensor]:
 
 def conv_spec(conv: nn.Conv2d) -> ConvSpec:
     """The geometry of an nn.Conv2d, with its padding resolved to pixels."""
+    # The forward pass goes by the weight's shape and today's stride, padding and dilation; what else the module
+    # remembers is from its construction and may be stale (pruned networks, strides turned into dilation).
+    out_channels, in_per_group, *kernel_size = conv.weight.shape
     return ConvSpec(
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel_size=(conv.kernel_size[0], conv.kernel_size[1]),
-        stride=(conv.stride[0], conv.stride[1]),
+        in_channels=in_per_group * conv.groups,
+        out_channels=out_channels,
+        kernel_size=_pair(kernel_size),
+        stride=_pair(conv.stride),
         padding=_padding_of(conv),
-        dilation=(conv.dilation[0], conv.dilation[1]),
+        dilation=_pair(conv.dilation),
         groups=conv.groups,
         has_bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,  # type: ignore[arg-type]
+        padding_mode=conv.padding_mode,
     )
 
 
 def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     """Pixels that an nn.Conv2d adds at (top, bottom, left, right), with 'same' and 'valid' resolved."""
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
-    return top, bottom, left, right
+    if conv.padding_mode != "zeros":
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        return top, bottom, left, right
+    if conv.padding == "same":
+        extents = zip(conv.weight.shape[2:], _pair(conv.dilation), strict=True)
+        height, width = (dilation * (size - 1) for size, dilation in extents)
+        return height // 2, height - height // 2, width // 2, width - width // 2
+    height, width = (0, 0) if conv.padding == "valid" else _pair(conv.padding)
+    return height, height, width, width
+
+
+def _call_of(operation: _Operation) -> ConvCall:
+    """The call as its module sees it: PyTorch pads in an operator of its own unless it is with equal zeros."""
+    shape = operation.input_shape
+    conv = operation.conv_module
+    if isinstance(conv, _ConvNd) and not isinstance(conv, _ConvTransposeNd):
+        if conv.padding == "same":
+            shape = (*shape[:2], *operation.output.shape[2:])
+        elif conv.padding_mode != "zeros":
+            pads = conv._reversed_padding_repeated_twice  # last dimension first
+            sides = zip(pads[::2], pads[1::2], strict=True)
+            both = [before + after for before, after in sides][::-1]
+            shape = (*shape[:2], *(size - pad for size, pad in zip(shape[2:], both, strict=True)))
+    return ConvCall(shape, tuple(operation.output.shape), operation.macs)
 
 
 def _module_sites(model: nn.Module, recorder: _Recorder, output_ids: set[int]) -> list[ConvSite]:
@@ -189,17 +219,19 @@ def _module_sites(model: nn.Module, recorder: _Recorder, output_ids: set[int]) -
     for conv in convs:
         operations = [operation for operation in recorder.operations if operation.conv_module is conv]
         is_plain = isinstance(conv, nn.Conv2d)
-        norm = norms.get(id(conv))
+        reason = _structural_reason(conv, operations, owners, recorder)
+        # Folding changes the weight, which must then be the convolution's own.
+        norm = norms.get(id(conv)) if reason is None else None
         sites.append(
             ConvSite(
                 name=names[id(conv)][0],
                 module_type=type(conv).__name__,
                 spec=conv_spec(conv) if is_plain else None,  # type: ignore[arg-type]
-                calls=tuple(ConvCall(o.input_shape, tuple(o.output.shape), o.macs) for o in operations),
+                calls=tuple(map(_call_of, operations)),
                 params=sum(parameter.numel() for parameter in conv.parameters()),
                 aliases=tuple(names[id(conv)][1:]),
                 norm=names[id(norm)][0] if norm is not None and id(norm) in names else None,
-                reason=_structural_reason(conv, operations, owners),
+                reason=reason,
             )
         )
     return sites
@@ -215,7 +247,7 @@ def _functional_sites(model: nn.Module, recorder: _Recorder) -> list[ConvSite]:
             name=name,
             module_type=f"functional {operations[0].operator}",
             spec=None,
-            calls=tuple(ConvCall(o.input_shape, tuple(o.output.shape), o.macs) for o in operations),
+            calls=tuple(map(_call_of, operations)),
             params=operations[0].weight.numel(),
             reason=Reason.FUNCTIONAL,
         )
@@ -250,12 +282,12 @@ def _call_order(model: nn.Module, recorder: _Recorder) -> list[str]:
 
 def _weight_owners(model: nn.Module) -> Counter[int]:
     """How many modules hold each parameter, by id."""
-    return Counter(
-        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
-    )
+    return Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
 
 
-def _structural_reason(conv: _ConvNd, operations: list[_Operation], owners: Counter[int]) -> Reason | None:
+def _structural_reason(
+    conv: _ConvNd, operations: list[_Operation], owners: Counter[int], recorder: _Recorder
+) -> Reason | None:
     """Why no scheme can replace this module; None if schemes may try."""
     if isinstance(conv, _ConvTransposeNd):
         return Reason.TRANSPOSED
@@ -265,17 +297,41 @@ def _structural_reason(conv: _ConvNd, operations: list[_Operation], owners: Coun
         return Reason.NOT_CALLED
     if nn.utils.parametrize.is_parametrized(conv) or not isinstance(conv._parameters.get("weight"), nn.Parameter):
         return Reason.PARAMETRIZED
-    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+    if any(_is_overridden(conv, nn.Conv2d, method) for method in ("__call__", "forward", "_conv_forward")):
         return Reason.CUSTOM_FORWARD
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+    if _has_hooks(conv):
         return Reason.HAS_HOOKS
-    if any(owners[id(parameter)] > 1 for parameter in conv.parameters()):
-        return Reason.SHARED_WEIGHT
+    for parameter in conv.parameters():
+        if owners[id(parameter)] > 1 or recorder.parameter_readers.get(id(parameter), set()) - {id(conv)}:
+            return Reason.SHARED_WEIGHT
     if not conv.weight.is_floating_point():
         return Reason.QUANTIZED_OR_NOT_FLOAT
     if not all(bool(torch.isfinite(parameter).all()) for parameter in conv.parameters()):
         return Reason.NOT_FINITE
     return None
+
+
+def _is_overridden(module: nn.Module, base: type[nn.Module], method: str) -> bool:
+    """Whether a subclass of `base`, or the object itself, brings its own `method`."""
+    return method in vars(module) or getattr(type(module), method) is not getattr(base, method)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain_batchnorm(module: nn.Module | None) -> bool:
+    """Whether the module does nothing but scale and shift: some subclasses have an activation inside."""
+    return (
+        isinstance(module, nn.BatchNorm2d)
+        and module.running_mean is not None
+        and not module.training
+        and not any(_is_overridden(module, nn.BatchNorm2d, method) for method in ("__call__", "forward"))
+        and not _has_hooks(module)
+        and not nn.utils.parametrize.is_parametrized(module)
+    )
 
 
 def _following_batchnorms(recorder: _Recorder, output_ids: set[int]) -> dict[int, nn.Module]:
@@ -289,8 +345,12 @@ def _following_batchnorms(recorder: _Recorder, output_ids: set[int]) -> dict[int
             continue
         calls[id(conv)] += 1
         reader = operation.readers[0] if len(operation.readers) == 1 else None
-        is_norm = isinstance(reader, nn.BatchNorm2d) and reader.running_mean is not None
-        if not is_norm or id(operation.output) in output_ids or found.setdefault(id(conv), reader) is not reader:
+        if (
+            reader is None
+            or not _is_plain_batchnorm(reader)
+            or id(operation.output) in output_ids
+            or found.setdefault(id(conv), reader) is not reader
+        ):
             rejected.add(id(conv))
     return {
         conv: norm

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sepdeploy.bench.session import first_line, predict_in_batches, random_input
+from sepdeploy.bench.session import predict_in_batches, random_input
+from sepdeploy.core.quiet import first_line, silenced_native_stderr
 from sepdeploy.errors import ToolError, UsageError
 
 __all__ = ["LitertSession"]
-
-_STDERR = 2
 
 
 class LitertSession:
@@ -39,7 +35,7 @@ class LitertSession:
     def __init__(self, path: Path, *, threads: int = 1, is_channels_last: bool = False) -> None:
         interpreter_class, self.runtime = _interpreter_class()
         try:
-            with _silenced_stderr():
+            with silenced_native_stderr():
                 self._interpreter: Any = interpreter_class(model_path=str(path), num_threads=threads)
                 self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
@@ -118,20 +114,6 @@ def _name_and_version(package: str) -> str:
         return f"{package} {version(package)}"
     except PackageNotFoundError:  # built from source or a nightly: importable under another package name
         return f"{package} of unknown version"
-
-
-@contextmanager
-def _silenced_stderr() -> Iterator[None]:
-    """Hold back what native code writes to the standard error: LiteRT announces its delegate there, for no one."""
-    kept = os.dup(_STDERR)
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, _STDERR)
-        os.close(null)
-        yield
-    finally:
-        os.dup2(kept, _STDERR)
-        os.close(kept)
 
 
 def _ordered_outputs(interpreter: Any) -> list[dict[str, Any]]:

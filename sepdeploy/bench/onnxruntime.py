@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sepdeploy.bench.session import first_line, predict_in_batches, random_input
+from sepdeploy.bench.session import predict_in_batches, random_input
+from sepdeploy.core.quiet import first_line
 from sepdeploy.errors import ToolError, UsageError
 
 __all__ = ["OrtSession"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from sepdeploy.errors import UsageError
 
-__all__ = ["Session", "first_line", "open_session", "predict_in_batches", "random_input"]
+__all__ = ["Session", "open_session", "predict_in_batches", "random_input"]
 
 
 class Session(Protocol):
@@ -115,9 +115,3 @@ def random_input(shape: tuple[int, ...], dtype: np.dtype[Any], rng: np.random.Ge
         info = np.iinfo(dtype)
         return rng.integers(info.min, info.max, size=shape, dtype=dtype, endpoint=True)
     return rng.integers(0, 2, size=shape).astype(dtype)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what a runtime says, or the type of its error if it says nothing."""
-    lines = str(error).split("\n")
-    return lines[0].strip().rstrip(".") or type(error).__name__

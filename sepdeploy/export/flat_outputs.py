@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sepdeploy.core.quiet import first_line
 from sepdeploy.errors import UnsupportedModelError
-from sepdeploy.export.quiet import first_line
 
 __all__ = ["FlatOutputs", "evaluating", "output_shapes", "require_below_2_gib"]
 

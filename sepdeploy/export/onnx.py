@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sepdeploy.core.quiet import first_line, quiet
 from sepdeploy.errors import ToolError, UnsupportedModelError
 from sepdeploy.export.flat_outputs import FlatOutputs, evaluating, output_shapes, require_below_2_gib
-from sepdeploy.export.quiet import first_line, quiet
+from sepdeploy.export.rewrite_onnx import rewrite_for_int8
 
 if TYPE_CHECKING:
     import onnx
@@ -46,6 +47,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
         exported = _exported(flat, example, names)
     _require_static_outputs(exported)
     simplified = _simplified(exported)
+    if rewrite_for_int8(simplified):
+        simplified = _simplified(simplified)
     _strip_metadata(simplified)
     data = _checked_bytes(simplified)
     path.write_bytes(data)

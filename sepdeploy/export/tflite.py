@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sepdeploy.core.quiet import first_line, quiet
 from sepdeploy.errors import ToolError, UnsupportedModelError, UsageError
 from sepdeploy.export.flat_outputs import FlatOutputs, evaluating, output_shapes, require_below_2_gib
-from sepdeploy.export.quiet import first_line, quiet
 
 if TYPE_CHECKING:
     import litert_torch

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 from torch import nn
 
-from sepdeploy.errors import UsageError
+from sepdeploy.errors import UnsupportedModelError, UsageError
 
-__all__ = ["replace_modules"]
+__all__ = ["copy_network", "replace_modules"]
+
+
+def copy_network(model: nn.Module) -> nn.Module:
+    """A deep copy, to be rewritten while the original stays as it is.
+
+    Raises:
+        UnsupportedModelError: if the network holds something that cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # user objects raise whatever they like on being copied
+        text = (str(error).strip() or "no message").splitlines()[0]
+        raise UnsupportedModelError(f"the network cannot be copied: {type(error).__name__}: {text}") from error
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> tuple[str, ...]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from sepdeploy.analyze.trace import output_tensors
+from sepdeploy.core.chain import Chain, ChainSum
 from sepdeploy.core.conv import ConvSite, Trace
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
 from sepdeploy.errors import ContractError
+from sepdeploy.passes.replace_convs import copy_network, replace_modules
+from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.schemes.scheme import Scheme, find_scheme
 
-__all__ = ["find_candidate", "propose_plan"]
+__all__ = ["drop_failing", "find_candidate", "propose_plan"]
 
 
 def find_candidate(site: ConvSite, scheme: Scheme, options: SchemeOptions) -> Candidate | Kept:
@@ -22,11 +31,11 @@ def find_candidate(site: ConvSite, scheme: Scheme, options: SchemeOptions) -> Ca
     form = scheme.design(site.spec, options)
     macs = 0
     for call in site.calls:
-        height, width = call.input_shape[-2:]
+        images, _, height, width = call.input_shape
         if site.spec.padding_mode != "zeros":
             top, bottom, left, right = site.spec.padding
             height, width = height + top + bottom, width + left + right
-        macs += form.macs((height, width)) * (call.input_shape[0] if len(call.input_shape) == 4 else 1)
+        macs += form.macs((height, width)) * images
     if macs >= site.macs:
         return Kept(Reason.NOT_CHEAPER, f"{macs} MACs against {site.macs}")
     # Every converted layer has a bias: the anchored solve sets one.
@@ -46,3 +55,67 @@ def propose_plan(trace: Trace, scheme_name: str, options: SchemeOptions) -> Plan
         outcome = found if isinstance(found, Kept) else Replaced(found)
         decisions.append(Decision(site.name, site.macs, site.params, outcome))
     return Plan(scheme_name, options, tuple(decisions))
+
+
+def drop_failing(original: nn.Module, trace: Trace, plan: Plan, example: Tensor) -> Plan:
+    """Keep those convolutions that cannot be swapped without the network noticing.
+
+    Each is put in the form of a one-factor chain with its own weights, which computes the same. A network that then
+    fails, returns something else, or goes on calling the old object looks into its convolutions (their type, a private
+    attribute) or holds them in a place of its own (a plain list). All are tried together first; only if that
+    fails, one after the other.
+    """
+    names = tuple(plan.replaced)
+    if not names or not _failure(original, trace, names, example):
+        return plan
+    working: tuple[str, ...] = ()
+    for name in names:
+        detail = _failure(original, trace, (*working, name), example)
+        if detail:
+            plan = plan.with_outcome(name, Kept(Reason.REPLACEMENT_FAILS, detail))
+        else:
+            working = (*working, name)
+    return plan
+
+
+@torch.no_grad()
+def _failure(original: nn.Module, trace: Trace, names: tuple[str, ...], example: Tensor) -> str:
+    """What goes wrong with `names` replaced by equals, in a few words; empty if nothing does."""
+    trial = copy_network(original)
+    calls: Counter[str] = Counter()
+    try:
+        for name in names:
+            twin = _twin(trial.get_submodule(name), trace.site(name))
+            twin.register_forward_hook(lambda _module, _args, _output, name=name: calls.update([name]))
+            replace_modules(trial, {name: twin})
+        expected = output_tensors(original(example.clone()))
+        outputs = output_tensors(trial(example.clone()))
+    except Exception as error:  # user code: whatever it raises is the reason
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    shapes = tuple(tuple(output.shape) for output in outputs)
+    if shapes != trace.output_shapes:
+        return f"its outputs become {shapes}, not {trace.output_shapes}"
+    for name in names:
+        if calls[name] != len(trace.site(name).calls):
+            return "its forward pass goes on using the old convolution"
+    if not all(map(_is_close, outputs, expected)):
+        return "its outputs change although the replacement computes the same"
+    return ""
+
+
+def _twin(conv: nn.Module, site: ConvSite) -> ChainConv2d:
+    """The convolution itself, as a chain of one factor."""
+    if site.spec is None or not isinstance(conv, nn.Conv2d):
+        raise ContractError(f"{site.name} is no plain 2-D convolution")
+    form = ChainSum((Chain((site.spec.as_factor(),)),))
+    twin = ChainConv2d(form, site.spec, bias=site.spec.has_bias, dtype=conv.weight.dtype).eval()
+    twin.set_weights(((conv.weight,),), conv.bias)
+    return twin
+
+
+def _is_close(output: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding; class indices and the like are not compared."""
+    if not expected.is_floating_point() or not expected.numel():
+        return True
+    scale = float(expected.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(output, expected, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)

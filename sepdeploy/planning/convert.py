@@ -10,10 +10,15 @@ from torch import nn
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.report import LayerTransfer
-from sepdeploy.passes.replace_convs import replace_modules
+from sepdeploy.errors import UsageError
+from sepdeploy.passes.replace_convs import copy_network, replace_modules
+from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.transfer.layer import Batches, TransferMethod, transfer_layer
 
-__all__ = ["convert_network"]
+__all__ = ["TransferMemory", "convert_network"]
+
+TransferMemory = dict[tuple[str, ...], tuple[ChainConv2d, LayerTransfer]]
+"""(replaced convolutions before it ..., its own name) -> the finished layer."""
 
 
 def convert_network(
@@ -23,6 +28,7 @@ def convert_network(
     batches: Batches,
     *,
     method: TransferMethod = "anchored",
+    memory: TransferMemory | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[nn.Module, tuple[LayerTransfer, ...]]:
     """A converted copy of the network, and the quality of each layer's transfer.
@@ -33,19 +39,40 @@ def convert_network(
         plan: What to replace by what.
         batches: Calibration images.
         method: How weights are found.
+        memory: Layers transferred before, which is extended. A layer depends only on which layers before it are
+            replaced, so growing a plan at its end costs only the new layers. Valid for one network, one set of images
+            and one candidate per convolution.
         progress: Called with (layers done, layers in all).
 
     Returns:
         The converted network in eval mode, and one entry per replaced convolution in the order of the trace.
+
+    Raises:
+        UsageError: if the plan replaces a convolution that the network does not have.
+        UnsupportedModelError: if the network cannot be copied, or does not run on the calibration images.
     """
-    converted = copy.deepcopy(original)
     replaced = plan.replaced
-    transfers = []
+    unknown = replaced.keys() - {site.name for site in trace.sites}
+    if unknown:
+        raise UsageError(
+            f"the plan replaces {', '.join(sorted(unknown))}, which the network does not have; plan it anew"
+        )
+    converted = copy_network(original)
+    transfers: list[LayerTransfer] = []
+    done: tuple[str, ...] = ()
     for site in trace.sites:
         if site.name not in replaced:
             continue
-        module, transfer = transfer_layer(original, converted, site, replaced[site.name], batches, method)
+        key = (*done, site.name)
+        if memory is not None and key in memory:
+            module, transfer = memory[key]
+            module = copy.deepcopy(module)  # passes on one network must not reach another
+        else:
+            module, transfer = transfer_layer(original, converted, site, replaced[site.name], batches, method)
+            if memory is not None:
+                memory[key] = (copy.deepcopy(module), transfer)
         replace_modules(converted, {site.name: module})
+        done = key
         transfers.append(transfer)
         if progress:
             progress(len(transfers), len(replaced))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sepdeploy.core.artifact import Format
+from sepdeploy.core.quiet import quiet
 from sepdeploy.errors import SepdeployError, ToolError, UsageError
 from sepdeploy.quantize.calibration_images import checked_images
 from sepdeploy.quantize.inspect_int8 import require_int8_convs
-from sepdeploy.quantize.quiet import quiet
+from sepdeploy.quantize.saturation import saturates_u8s8
 
 if TYPE_CHECKING:
     import onnx
@@ -25,9 +26,10 @@ def quantize_onnx(source: Path, destination: Path, images: Iterable[np.ndarray])
     """Write the int8 version of the float32 ONNX file `source` to `destination`.
 
     Weights are int8, symmetric, one scale per output channel; activations are uint8, asymmetric, one scale per tensor,
-    over the full range that they take on `images`. This U8S8 pairing is what onnxruntime fuses on x86 and Arm alike;
-    x86 cores older than AVX-512 VNNI may saturate in it. The input and the outputs of the file stay float32. The same
-    images give the same bytes; memory does not grow with their number.
+    over the full range that they take on `images`. This U8S8 pairing is what onnxruntime fuses on x86 and Arm alike.
+    Where this machine saturates in it (`saturates_u8s8`) weights keep to 7 bits, which every machine computes exactly.
+    The input and the outputs of the file stay float32. The same images give the same bytes on the same kind of
+    processor; memory does not grow with their number.
 
     Args:
         source: Float32 ONNX file with one input and static shapes.
@@ -68,7 +70,7 @@ def _quantized(source: Path, folder: Path, images: Iterable[np.ndarray]) -> byte
         quantizer = QDQQuantizer(
             model,
             per_channel=True,
-            reduce_range=False,
+            reduce_range=saturates_u8s8(),
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
             tensors_range=ranges,

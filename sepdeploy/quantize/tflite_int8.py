@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from sepdeploy.core.artifact import Format
+from sepdeploy.core.quiet import quiet, silenced_native_stderr
 from sepdeploy.errors import SepdeployError, ToolError, UsageError
 from sepdeploy.quantize.calibration_images import checked_images
 from sepdeploy.quantize.inspect_int8 import require_int8_convs
-from sepdeploy.quantize.quiet import quiet, silenced_native_stderr
 
 __all__ = ["quantize_tflite"]
 

@@ -53,8 +53,9 @@ class ChainConv2d(nn.Module):
                     stages += _factor_modules(stage, bias=bias and index == 0 and seen == last, dtype=dtype)
             self.terms.append(nn.Sequential(*stages))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve `x` (N, C, H, W)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `input` (N, C, H, W) or (C, H, W); named as nn.Conv2d names it, for calls by keyword."""
+        x = input
         if self.padding_mode != "zeros":
             top, bottom, left, right = self.spec.padding
             x = F.pad(x, (left, right, top, bottom), mode=self.padding_mode)
@@ -160,4 +161,3 @@ def _ungrouped(weight: Tensor, groups: int) -> Tensor:
     index = torch.arange(groups)
     dense[index, :, index] = weight.reshape(groups, out_channels // groups, in_per_group, *weight.shape[2:])
     return dense.reshape(out_channels, groups * in_per_group, *weight.shape[2:])
-

@@ -8,7 +8,8 @@ factors (`refine.py`). The errors of the layers before are thus corrected as far
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from sepdeploy.core.conv import ConvSite, ConvSpec
 from sepdeploy.core.plan import Candidate
 from sepdeploy.core.report import LayerTransfer
-from sepdeploy.errors import ContractError
+from sepdeploy.errors import ContractError, UnsupportedModelError
 from sepdeploy.schemes.module import ChainConv2d, compose_kernels
-from sepdeploy.schemes.scheme import FactorWeights, find_scheme
+from sepdeploy.schemes.scheme import find_scheme
 from sepdeploy.transfer.moments import LeastSquaresSums, patch_moments, patches
 from sepdeploy.transfer.prefix import run_until
 from sepdeploy.transfer.refine import MAX_WINDOW_FEATURES, refine_factors
@@ -43,7 +44,12 @@ _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
 @torch.no_grad()
 def transfer_layer(
-    original: nn.Module, converted: nn.Module, site: ConvSite, candidate: Candidate, batches: Batches, method: TransferMethod
+    original: nn.Module,
+    converted: nn.Module,
+    site: ConvSite,
+    candidate: Candidate,
+    batches: Batches,
+    method: TransferMethod,
 ) -> tuple[ChainConv2d, LayerTransfer]:
     """The module that takes the place of one convolution.
 
@@ -67,7 +73,7 @@ def transfer_layer(
     scheme = find_scheme(candidate.scheme)
     data_free = scheme.factorize(weight, candidate.form)
     approximation = compose_kernels(data_free, candidate.form, site.spec.groups)
-    kernel_error = float((approximation - weight).norm() / weight.norm().clamp_min(1e-30))
+    kernel_error = float((approximation.double() - weight.double()).norm() / weight.double().norm().clamp_min(1e-30))
     has_bias = method == "anchored" or site.spec.has_bias
     module = ChainConv2d(candidate.form, site.spec, bias=has_bias, dtype=weight.dtype).eval()
     module.set_weights(data_free, conv.bias)
@@ -95,12 +101,12 @@ def _input_moments(converted: nn.Module, site: ConvSite, candidate: Candidate, b
             break
     if total is None:
         raise ContractError("no calibration images")
+    if not bool(torch.isfinite(total).all()):
+        raise UnsupportedModelError(_not_finite(site))
     return total
 
 
-def _solve(
-    module: ChainConv2d, original: nn.Module, converted: nn.Module, site: ConvSite, batches: Batches
-) -> float:
+def _solve(module: ChainConv2d, original: nn.Module, converted: nn.Module, site: ConvSite, batches: Batches) -> float:
     """Fit the weights in place to the original outputs, in one pass; returns the relative error of the outputs."""
     prior = _last_factors_as_matrix(module)
     groups, features, outputs = prior.shape
@@ -117,6 +123,8 @@ def _solve(
         inputs = run_until(converted, site.name, batch, calls=calls, needs_outputs=False).inputs
         targets = run_until(original, site.name, batch, calls=calls, needs_outputs=True).outputs
         for x, y in zip(inputs, targets, strict=True):
+            # Under autocast the network may hand on half precision.
+            x = x.to(module.factor_modules()[0][-1].weight.dtype)
             split = len(x) - int(len(x) * _HELD_OUT_RATIO)
             for sums, window_sums, part in (
                 (fit, window_fit, slice(None, split)),
@@ -128,6 +136,8 @@ def _solve(
                     columns = patches(_padded(x[part], module.spec), window)
                     window_sums.add(columns, _grouped_outputs(y[part], window.groups))
     total = fit + held_out
+    if not math.isfinite(total.target_energy) or not bool(torch.isfinite(total.gram).all()):
+        raise UnsupportedModelError(_not_finite(site))
     solution = _best_solution(fit, held_out, total, prior)
     _set_last_factors(module, solution)
     if is_narrow:
@@ -136,9 +146,15 @@ def _solve(
     return float((total.squared_error(solution) / energy) ** 0.5)
 
 
-def _best_solution(
-    fit: LeastSquaresSums, held_out: LeastSquaresSums, total: LeastSquaresSums, prior: Tensor
-) -> Tensor:
+def _not_finite(site: ConvSite) -> str:
+    """The sentence for a network whose activations overflow."""
+    return (
+        f"the convolution {site.name} reads or returns NaN or values too large for float32 on the calibration images; "
+        "check the preprocess file and the checkpoint"
+    )
+
+
+def _best_solution(fit: LeastSquaresSums, held_out: LeastSquaresSums, total: LeastSquaresSums, prior: Tensor) -> Tensor:
     """The solution with the ridge that does best on held-out positions; the prior itself if none beats it."""
     if held_out.positions == 0:
         return total.solve(prior, _RIDGES[-1])
@@ -156,9 +172,11 @@ def _last_factor_columns(module: ChainConv2d, x: Tensor) -> Tensor:
     for term, chain in zip(module.terms, module.form.terms, strict=True):
         stages = list(term.children())
         # Everything up to the last convolution; its padding (a module of its own if asymmetric) is in `patches`.
-        for stage in stages[: -2 if isinstance(stages[-2], nn.ZeroPad2d) else -1]:
-            x_term = stage(x if stage is stages[0] else x_term)
-        columns.append(patches(x_term, chain.factors[-1]))
+        has_padding_module = len(stages) > 1 and isinstance(stages[-2], nn.ZeroPad2d)
+        last_input = x
+        for stage in stages[: -2 if has_padding_module else -1]:
+            last_input = stage(last_input)
+        columns.append(patches(last_input, chain.factors[-1]))
     return torch.cat(columns, dim=1)
 
 

@@ -38,8 +38,13 @@ def patches(x: Tensor, factor: Factor) -> Tensor:
 
 def patch_moments(x: Tensor, factor: Factor) -> Tensor:
     """Sum over positions of patch patch^T for each group, (groups, n, n) in float64."""
-    columns = patches(x, factor)
+    columns = _at_least_float32(patches(x, factor))
     return (columns @ columns.mT).double()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Half-precision values (from autocast inside a network) as float32, others as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class LeastSquaresSums:
@@ -60,6 +65,7 @@ class LeastSquaresSums:
 
     def add(self, columns: Tensor, targets: Tensor) -> None:
         """Add a batch: `columns` (G, n, P) with their `targets` (G, m, P)."""
+        columns, targets = _at_least_float32(columns), _at_least_float32(targets)
         ones = columns.new_ones(columns.shape[0], 1, columns.shape[2])
         extended = torch.cat([columns, ones], dim=1)
         self.gram += (extended @ extended.mT).double()
@@ -96,8 +102,8 @@ class LeastSquaresSums:
         diagonal = self.gram.diagonal(dim1=-2, dim2=-1)
         floor = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny) * 1e-9
         penalty = torch.diag_embed(ridge * torch.maximum(diagonal, floor))
-        factor, _ = torch.linalg.cholesky_ex(self.gram + penalty)
+        factor, failures = torch.linalg.cholesky_ex(self.gram + penalty)
         step = torch.cholesky_solve(self.cross - self.gram @ prior, factor)
-        if not bool(torch.isfinite(step).all()):
+        if bool(failures.any()) or not bool(torch.isfinite(step).all()):
             step = torch.linalg.lstsq(self.gram + penalty, self.cross - self.gram @ prior).solution
         return prior + step

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepdeploy.errors import ContractError
+from sepdeploy.errors import UnsupportedModelError
 
 __all__ = ["Seen", "run_until"]
 
@@ -18,8 +18,8 @@ class Seen:
     """Inputs and outputs of one module in one forward pass, one entry per call.
 
     Attributes:
-        inputs: (N, I, H, W) each.
-        outputs: (N, O, H', W') each; empty if only inputs were asked for.
+        inputs: (N, I, H, W) each, also where the network calls the module on a single (I, H, W).
+        outputs: (N, O, H', W') each, likewise; empty if only inputs were asked for.
     """
 
     inputs: tuple[Tensor, ...]
@@ -37,36 +37,52 @@ def run_until(model: nn.Module, name: str, batch: Tensor, *, calls: int, needs_o
     Args:
         model: The network, in eval mode.
         name: Qualified name of the module.
-        batch: Input of the network.
+        batch: Input of the network; not changed, even by networks that work on it in place.
         calls: How often one forward pass calls the module.
         needs_outputs: Whether to run the module the last time too; else it stops at its input.
 
     Raises:
-        ContractError: if the module is called less often than that.
+        UnsupportedModelError: if the network fails on the batch, or calls the module less often than that.
     """
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
-    def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0])
+    # Copies: networks often go on in place on what a convolution reads or returns (relu_, +=).
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(_as_batch(args[0] if args else kwargs["input"]).clone())
         if not needs_outputs and len(inputs) == calls:
             raise _Stop
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        # A copy: networks often go on in place on a convolution's output (relu_, +=).
-        outputs.append(output.clone())
+        outputs.append(_as_batch(output).clone())
         if len(outputs) == calls:
             raise _Stop
 
     module = model.get_submodule(name)
-    handles = [module.register_forward_pre_hook(before)]
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
     if needs_outputs:
         handles.append(module.register_forward_hook(after))
     try:
-        model(batch)
+        model(batch.clone())
     except _Stop:
-        return Seen(tuple(inputs), tuple(outputs))
+        pass
+    except Exception as error:
+        text = (str(error).strip() or "no message").splitlines()[0]
+        raise UnsupportedModelError(
+            f"the network does not run on a batch of shape {tuple(batch.shape)}: {type(error).__name__}: {text}; its "
+            "forward pass must work for any number of images"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    raise ContractError(f"{name} was called {len(inputs)} times in one forward pass, its trace has {calls} calls")
+    if len(inputs) < calls or (needs_outputs and len(outputs) < calls):
+        raise UnsupportedModelError(
+            f"the network called {name} {len(inputs)} times in one forward pass, but {calls} times when it was traced; "
+            "its forward pass must not depend on the values of the image"
+        )
+    return Seen(tuple(inputs[:calls]), tuple(outputs[:calls]))
+
+
+def _as_batch(x: Tensor) -> Tensor:
+    """(C, H, W) as (1, C, H, W); a batch as it is."""
+    return x if x.dim() == 4 else x[None]

@@ -38,53 +38,51 @@ def refine_factors(module: ChainConv2d, fit: LeastSquaresSums, held_out: LeastSq
     """
     start = _parameters_of(module)
     total = fit + held_out
-    rounds = _useful_rounds(start, module, fit, held_out) if held_out.positions else 1
-    parameters = start
-    if rounds:
-        refined = _descend(start, module, total, rounds)
+    parameters = _descend_while_useful(start, module, fit, held_out) if held_out.positions else start
+    if parameters is not start or not held_out.positions:
+        # A last round on all positions takes what the held-out ones add.
+        refined = _descend(parameters, module, total)
         if _error(refined, module, total) < _error(start, module, total):
             parameters = refined
     factors, bias = _split(parameters, module.form)
-    module.set_weights(tuple(tuple(w.float() for w in term) for term in factors), bias.float())
+    module.set_weights(factors, bias)
     return float(_error(parameters, module, total) ** 0.5)
 
 
-def _useful_rounds(
+def _descend_while_useful(
     start: list[Tensor], module: ChainConv2d, fit: LeastSquaresSums, held_out: LeastSquaresSums
-) -> int:
-    """How many rounds on `fit` still improve `held_out`."""
-    best = _error(start, module, held_out)
-    parameters = start
-    for done in range(_MAX_ROUNDS):
-        parameters = _descend(parameters, module, fit, 1)
+) -> list[Tensor]:
+    """Rounds on `fit` as long as each improves `held_out`; returns the best parameters, maybe `start` itself."""
+    best, best_error = start, _error(start, module, held_out)
+    for _ in range(_MAX_ROUNDS):
+        parameters = _descend(best, module, fit)
         error = _error(parameters, module, held_out)
-        if not error < best * (1 - _MIN_GAIN):
-            return done
-        best = error
-    return _MAX_ROUNDS
+        if not error < best_error * (1 - _MIN_GAIN):
+            break
+        best, best_error = parameters, error
+    return best
 
 
-def _descend(start: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums, rounds: int) -> list[Tensor]:
-    """L-BFGS from `start`; returns new parameters."""
+def _descend(start: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums) -> list[Tensor]:
+    """One round of L-BFGS from `start`; returns new parameters."""
     parameters = [value.clone().requires_grad_() for value in start]
-    for _ in range(rounds):
-        optimizer = torch.optim.LBFGS(
-            parameters,
-            max_iter=_ITERATIONS_PER_ROUND,
-            history_size=_ITERATIONS_PER_ROUND,
-            tolerance_grad=0,
-            tolerance_change=0,
-            line_search_fn="strong_wolfe",
-        )
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=_ITERATIONS_PER_ROUND,
+        history_size=_ITERATIONS_PER_ROUND,
+        tolerance_grad=0,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
-        def closure(optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                loss = _loss(parameters, module, sums)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = _loss(parameters, module, sums)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
 
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return [value.detach() for value in parameters]
 
 

@@ -1,4 +1,4 @@
-"""Keeps the chatter of exporters off the terminal, and finds the line in it that the user needs."""
+"""Keeps the chatter of other libraries off the terminal, and finds the line in it that the user needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-__all__ = ["first_line", "quiet"]
+__all__ = ["first_line", "quiet", "silenced_native_stderr"]
+
+_STDERR = 2
 
 # Read by litert-torch and by the native code below it, some of it at import.
 _QUIET_ENVIRONMENT = {"LITERT_TORCH_SHOW_PROGRESS": "n", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -40,6 +42,20 @@ def quiet() -> Iterator[io.StringIO]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def silenced_native_stderr() -> Iterator[None]:
+    """Hold back what native code writes to the standard error: LiteRT announces its delegate there, for no one."""
+    kept = os.dup(_STDERR)
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, _STDERR)
+        os.close(null)
+        yield
+    finally:
+        os.dup2(kept, _STDERR)
+        os.close(kept)
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from sepdeploy.export.quiet import first_line, quiet
+from sepdeploy.core.quiet import first_line, quiet, silenced_native_stderr
 
 
 def test_holds_everything_back_and_restores_it(
@@ -32,6 +32,13 @@ def test_restores_everything_after_an_error() -> None:
     with pytest.raises(KeyError), quiet():
         raise KeyError
     assert (dict(os.environ), logging.root.manager.disable) == (environment, level)
+
+
+def test_native_standard_error_is_held_back_and_restored(capfd: pytest.CaptureFixture[str]) -> None:
+    with silenced_native_stderr():
+        os.write(2, b"delegate created")
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"
 
 
 def test_first_line_is_that_of_the_innermost_cause() -> None:

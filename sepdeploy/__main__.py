@@ -1,0 +1,6 @@
+"""`python -m sepdeploy`."""
+
+from sepdeploy.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""`sepdeploy convert`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from sepdeploy.cli.parameters import CommaList, Shape, print_tables, shown_progress
+
+__all__ = ["command"]
+
+_SCHEMES = ("depthwise_separable", "spatial_separable", "dense")
+
+
+@click.command(short_help="Convert a trained network into a smaller, faster one, with proof.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--arch", required=True, metavar="SPEC", help="models.X:factory, file.py:factory, package.module:factory "
+              "or timm:NAME; arguments as in factory(num_classes=10).")  # fmt: skip
+@click.option("--calibration", required=True, metavar="PATH", help="Images (no labels needed): a folder, a folder of "
+              "class folders, an .npz, or a manifest .toml.")  # fmt: skip
+@click.option("--validation", metavar="PATH", help="Images that accuracy is measured on, best with labels; "
+              "without it a quarter of the calibration images is held out.")  # fmt: skip
+@click.option("--preprocess", metavar="FILE.toml", type=click.Path(path_type=Path),
+              help="size, mean, std, color, layout; calibration/imagenet.toml is built in.")  # fmt: skip
+@click.option("--input-shape", type=Shape(), help="Input of the network; default: the images' own size.")
+@click.option("--scheme", default="depthwise_separable", show_default=True, type=click.Choice(_SCHEMES),
+              help="What convolutions become.")  # fmt: skip
+@click.option("--terms", type=click.IntRange(min=1), metavar="T", help="Depthwise-separable pairs per convolution "
+              "(default 2).")  # fmt: skip
+@click.option("--rank-ratio", type=click.FloatRange(0, 1, min_open=True), metavar="R", help="Middle channels of a "
+              "spatial pair, as a share of the full rank (default 0.25).")  # fmt: skip
+@click.option("--max-drop", type=click.FloatRange(0, 100), metavar="POINTS", help="Most accuracy that may be lost; "
+              "without it everything that becomes cheaper is replaced, whatever it costs.")  # fmt: skip
+@click.option("--target", default="ort", show_default=True, type=click.Choice(("ort", "litert")),
+              help="Runtime that the result must be faster on.")  # fmt: skip
+@click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "int8")),
+              help="Precision that the result must be faster and accurate in.")  # fmt: skip
+@click.option("--formats", default="onnx,tflite", show_default=True, type=CommaList(("onnx", "tflite")),
+              help="Files to make, each in float32 and int8.")  # fmt: skip
+@click.option("--transfer", default="anchored", show_default=True, type=click.Choice(("anchored", "data-free")),
+              help="How weights are found.")  # fmt: skip
+@click.option("--calibration-images", default=512, show_default=True, type=click.IntRange(min=1), metavar="N",
+              help="Most calibration images to use.")  # fmt: skip
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtimes "
+              "when latency is measured.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the choice of images.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="The bundle; default: MODEL's name with "
+              ".sepdeploy, in the working directory.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
+def command(
+    model: Path,
+    arch: str,
+    calibration: str,
+    validation: str | None,
+    preprocess: Path | None,
+    input_shape: tuple[int, int, int] | None,
+    scheme: str,
+    terms: int | None,
+    rank_ratio: float | None,
+    max_drop: float | None,
+    target: str,
+    precision: str,
+    formats: tuple[str, ...],
+    transfer: str,
+    calibration_images: int,
+    threads: int,
+    seed: int,
+    output: Path | None,
+    as_json: bool,
+) -> int:
+    """Convert the network in the checkpoint MODEL and write a bundle: files, plan, report.
+
+    \b
+    Example:
+      sepdeploy convert resnet20.pt --arch models.resnet_cifar:resnet20 --calibration train/ \\
+          --validation test/ --preprocess calibration/cifar10.toml --max-drop 2
+
+    The exit code is 0 if the converted network is faster than the original on the target and holds --max-drop, 1 if
+    the bundle was written but a promise is broken. A run that was stopped goes on where it was when repeated.
+    """
+    from sepdeploy.core.artifact import Format, Precision
+    from sepdeploy.core.options import ConvertOptions
+    from sepdeploy.core.plan import SchemeOptions
+
+    if terms is not None and scheme != "depthwise_separable":
+        raise click.UsageError(f"--terms belongs to --scheme depthwise_separable, not to {scheme}")
+    if rank_ratio is not None and scheme != "spatial_separable":
+        raise click.UsageError(f"--rank-ratio belongs to --scheme spatial_separable, not to {scheme}")
+    defaults = SchemeOptions()
+    options = ConvertOptions(
+        model=model,
+        arch=arch,
+        calibration=calibration,
+        validation=validation,
+        preprocess=preprocess,
+        input_shape=input_shape,
+        scheme=scheme,
+        scheme_options=SchemeOptions(terms or defaults.terms, rank_ratio or defaults.rank_ratio),
+        max_drop_points=max_drop,
+        target=target,
+        precision=Precision(precision),
+        formats=tuple(Format(name) for name in formats),
+        transfer=transfer,
+        calibration_images=calibration_images,
+        threads=threads,
+        seed=seed,
+        output=output,
+        command=shlex.join(["sepdeploy", *sys.argv[1:]]),
+    )
+    with shown_progress(is_quiet=as_json) as progress:
+        from sepdeploy.pipeline import convert  # torch: only when there is something to do
+
+        report = convert(options, progress)
+    if as_json:
+        from sepdeploy.core.codec import to_json
+
+        click.echo(to_json(report), nl=False)
+    else:
+        from sepdeploy.render.format_numbers import printable
+        from sepdeploy.render.summary import verdict
+        from sepdeploy.render.terminal import artifacts_table, summary_table
+
+        print_tables(summary_table(report), artifacts_table(report))
+        for note in report.notes:
+            click.echo(f"note: {printable(note)}")
+        click.echo(verdict(report))
+        click.echo(f"report: {options.output_folder / 'report.html'}")
+    return 0 if report.is_success else 1

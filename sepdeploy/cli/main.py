@@ -1,0 +1,119 @@
+"""The program: commands are imported when they are called, errors become sentences and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import click
+
+from sepdeploy.errors import ContractError, SepdeployError, ToolError, UsageError
+from sepdeploy.version import __version__
+
+__all__ = ["main", "program"]
+
+_COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "convert": ("sepdeploy.cli.convert", "Convert a trained network into a smaller, faster one, with proof."),
+        "inspect": ("sepdeploy.cli.inspect", "List every convolution: its cost, and what it could become."),
+        "bench": ("sepdeploy.cli.bench", "Measure the latency of ONNX and TFLite files on this CPU."),
+    }
+)
+_INTERRUPTED = 130
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are modules: `sepdeploy --help` stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (part of click's interface)
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(_COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sepdeploy")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error; may stand anywhere on the line.")
+def program(debug: bool) -> None:
+    """Rewrite a trained CNN's convolutions into separable ones, keep the accuracy, prove the speed.
+
+    \b
+    Example:
+      sepdeploy convert model.pt --arch net.py:build --calibration images/ --max-drop 1
+
+    \b
+    Exit codes: 0 success; 1 finished, but a promise is broken (not faster, or more loss than --max-drop);
+    2 wrong usage; 3 unsupported network; 4 outside tool failed; 5 untrusted file; 70 a bug in sepdeploy.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program and exit with its code."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the program; returns the exit code."""
+    is_debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    is_json = "--json" in arguments
+    try:
+        result = program.main(arguments, prog_name="sepdeploy", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        return _stopped()
+    except KeyboardInterrupt:
+        return _stopped()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone, and Python would complain about it at exit
+        return UsageError.exit_code
+    except Exception as error:
+        if is_debug:
+            import traceback
+
+            traceback.print_exc()
+        return _report(_as_ours(error), is_json=is_json, is_debug=is_debug)
+
+
+def _as_ours(error: Exception) -> SepdeployError:
+    """Any error as one of ours: what is left over is a bug."""
+    if isinstance(error, SepdeployError):
+        return error
+    if isinstance(error, OSError):
+        place = f" {error.filename}" if error.filename else ""
+        return UsageError(f"cannot use{place}: {error.strerror or error}")
+    if isinstance(error, MemoryError):
+        return UsageError("out of memory; use fewer --calibration-images or a smaller --input-shape")
+    return ContractError(
+        f"a bug in sepdeploy: {type(error).__name__}: {error}; run again with --debug and report what it prints"
+    )
+
+
+def _report(error: SepdeployError, *, is_json: bool, is_debug: bool) -> int:
+    message = str(error)
+    if is_json:
+        data = {"error": {"type": type(error).__name__, "message": message, "exit_code": error.exit_code}}
+        click.echo(json.dumps(data))
+    click.echo(f"sepdeploy: {message}", err=True)
+    if isinstance(error, ToolError) and error.stderr and is_debug:
+        click.echo(error.stderr, err=True)
+    return error.exit_code
+
+
+def _stopped() -> int:
+    click.echo("sepdeploy: stopped; finished stages are kept, run the same command again to go on", err=True)
+    return _INTERRUPTED

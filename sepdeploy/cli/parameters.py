@@ -1,0 +1,93 @@
+"""Parameter types and output that the commands share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from sepdeploy.core.progress import Progress
+
+__all__ = ["CommaList", "Shape", "print_tables", "shown_progress"]
+
+
+class Shape(click.ParamType):  # type: ignore[type-arg]
+    """C,H,W as three positive integers."""
+
+    name = "C,H,W"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        """Parse '3,224,224'."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            channels, height, width = (int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not C,H,W, such as 3,224,224", param, ctx)
+        if min(channels, height, width) < 1:
+            self.fail(f"{value!r} has a size below 1", param, ctx)
+        return channels, height, width
+
+
+class CommaList(click.ParamType):  # type: ignore[type-arg]
+    """Names from a fixed choice, separated by commas."""
+
+    name = "NAME,NAME"
+
+    def __init__(self, choices: tuple[str, ...]) -> None:
+        self._choices = choices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Parse 'onnx,tflite'; repeated names count once."""
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(part.strip() for part in str(value).split(",") if part.strip()))
+        wrong = [name for name in names if name not in self._choices]
+        if wrong or not names:
+            self.fail(f"{value!r} is not a list of {', '.join(self._choices)}", param, ctx)
+        return names
+
+
+@contextmanager
+def shown_progress(*, is_quiet: bool) -> Iterator[Progress]:
+    """Progress on standard error while it is a terminal; nothing otherwise."""
+    from sepdeploy.core.progress import Silent
+
+    if is_quiet or not sys.stderr.isatty():
+        yield Silent()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        class Shown:
+            def stage(self, text: str) -> None:
+                bar.reset(task, total=None, description=text)
+
+            def step(self, done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+        yield Shown()
+
+
+def print_tables(*renderables: RenderableType) -> None:
+    """Print to standard output, as wide as the terminal, 100 columns where there is none."""
+    console = _console()
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    is_terminal = sys.stdout.isatty()
+    return Console(width=None if is_terminal else 100, highlight=False, soft_wrap=False)

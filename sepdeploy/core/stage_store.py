@@ -1,0 +1,107 @@
+"""Stages whose results are files: done once, found again after a kill, done anew when an input changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from sepdeploy.core.files import output_error, sha256_of_bytes, sha256_of_file, write_text
+from sepdeploy.errors import UsageError
+
+__all__ = ["StageStore", "locked"]
+
+_RECORD = "stages.json"
+
+
+class StageStore:
+    """Remembers which files each stage made from which inputs.
+
+    Args:
+        folder: The bundle; records and intermediate results go to its subfolder `work`.
+        on_change: Called before the first stage that really runs: what depends on the old files is void.
+
+    Raises:
+        UsageError: if `folder` holds files that are not a bundle, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, on_change: Callable[[], None]) -> None:
+        self.folder = folder
+        self.work = folder / "work"
+        self._on_change: Callable[[], None] | None = on_change
+        try:
+            if folder.is_dir() and any(folder.iterdir()) and not (self.work / _RECORD).is_file():
+                raise UsageError(f"{folder} holds other files; choose another --output or empty it first")
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise output_error(folder, error) from error
+        self._records: dict[str, dict[str, object]] = self._read()
+        self._write()
+
+    def run(self, name: str, inputs: Mapping[str, object], files: tuple[Path, ...], make: Callable[[], None]) -> bool:
+        """Run the stage `make` unless its `files` are there, made by it from the same `inputs`.
+
+        Args:
+            name: The stage.
+            inputs: Everything that the result depends on, as JSON data.
+            files: What `make` writes.
+            make: Writes the files, each as a whole.
+
+        Returns:
+            Whether the stage ran.
+        """
+        key = sha256_of_bytes(json.dumps(inputs, sort_keys=True).encode())
+        record = self._records.get(name)
+        if record is not None and record.get("key") == key and record.get("files") == self._hashes(files):
+            return False
+        if self._on_change:
+            self._on_change()
+            self._on_change = None
+        self._records.pop(name, None)
+        make()
+        self._records[name] = {"key": key, "files": self._hashes(files)}
+        self._write()
+        return True
+
+    def _hashes(self, files: tuple[Path, ...]) -> dict[str, str | None]:
+        return {
+            file.relative_to(self.folder).as_posix(): sha256_of_file(file) if file.is_file() else None for file in files
+        }
+
+    def _read(self) -> dict[str, dict[str, object]]:
+        try:
+            data = json.loads((self.work / _RECORD).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return {k: v for k, v in data.items() if isinstance(v, dict)} if isinstance(data, dict) else {}
+
+    def _write(self) -> None:
+        write_text(self.work / _RECORD, json.dumps(self._records, indent=1) + "\n")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the bundle for this process alone; the lock ends with the process, however it ends.
+
+    Raises:
+        UsageError: if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows: two runs into one folder are then the user's own care
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise output_error(folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"another run is writing to {folder.parent}; wait for it or choose another --output"
+            ) from error
+        yield

@@ -1,0 +1,162 @@
+"""A conversion from the checkpoint to the report: the stages in their order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sepdeploy.analyze.trace import trace_network
+from sepdeploy.core.artifact import Format, Precision, Role
+from sepdeploy.core.conv import Trace
+from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.plan import Candidate, Kept, Plan, SchemeOptions
+from sepdeploy.core.progress import Progress, Silent
+from sepdeploy.core.report import ArtifactResult, Report
+from sepdeploy.core.stage_store import StageStore, locked
+from sepdeploy.errors import UsageError
+from sepdeploy.loading.model import load_model
+from sepdeploy.planning.candidates import find_candidate
+from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channels_last
+from sepdeploy.schemes.scheme import SCHEMES, find_scheme
+from sepdeploy.stages.deploy import artifact_path, deploy, measure_latency, measure_quality
+from sepdeploy.stages.guard import GuardRecord, propose, run_guard, trace
+from sepdeploy.stages.load import Inputs, load_inputs
+from sepdeploy.stages.report import make_report, target_result, write_bundle
+
+__all__ = ["convert", "inspect_model"]
+
+_MAX_TIGHTENINGS = 2
+"""How often the guard runs again with a tighter limit because the target's file loses more than the network."""
+
+
+def convert(options: ConvertOptions, progress: Progress | None = None) -> Report:
+    """Convert a trained network into a bundle.
+
+    Stages whose inputs have not changed since an earlier run into the same folder are not repeated.
+
+    Args:
+        options: What to convert and how.
+        progress: Told what is going on.
+
+    Returns:
+        The report; `report.is_success` says whether every promise holds. The bundle is written either way.
+
+    Raises:
+        SepdeployError: if the conversion cannot be carried out.
+    """
+    progress = progress or Silent()
+    find_scheme(options.scheme)
+    torch.manual_seed(options.seed)
+    inputs = load_inputs(options, progress)
+    folder = options.output_folder
+    store = StageStore(folder, on_change=lambda: _discard_results(folder))
+    with locked(store.work):
+        progress.stage("tracing the network")
+        traced = trace(store, inputs)
+        proposal = propose(store, options, inputs, traced)
+        _discard_other_formats(folder, options.formats)
+        return _convert(store, options, inputs, traced, proposal, progress)
+
+
+def _convert(
+    store: StageStore, options: ConvertOptions, inputs: Inputs, traced: Trace, proposal: Plan, progress: Progress
+) -> Report:
+    batch_size = batch_size_for(traced)
+    prefer_channels_last(inputs.network, inputs.example())
+    evaluator = Evaluator(inputs.network, inputs.validation, batch_size, progress.step)
+    progress.stage("running the original network on the validation images")
+    original_quality = evaluator.original_quality()
+    originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
+    limit = options.max_drop_points
+    for attempt in range(1 + _MAX_TIGHTENINGS):
+        plan, network, guard = run_guard(
+            store, options, inputs, traced, proposal, evaluator, batch_size, limit, progress
+        )
+        converted = _deploy_converted(store, options, inputs, traced, network, evaluator, progress)
+        tighter = _tighter_limit(options, converted, guard)
+        if tighter is None or not plan.replaced or attempt == _MAX_TIGHTENINGS:
+            break
+        limit = tighter
+    results = [
+        measure_quality(store, r, inputs, evaluator, options.threads, progress) for r in (*originals, *converted)
+    ]
+    results = measure_latency(results, options, progress)
+    progress.stage("writing the report")
+    report = make_report(options, inputs, traced, plan, network, guard, original_quality, results)
+    write_bundle(options, inputs, report)
+    return report
+
+
+def _deploy_converted(
+    store: StageStore,
+    options: ConvertOptions,
+    inputs: Inputs,
+    traced: Trace,
+    network: nn.Module,
+    evaluator: Evaluator,
+    progress: Progress,
+) -> list[ArtifactResult]:
+    """The converted network's files, the target's with its quality."""
+    from sepdeploy.core.files import sha256_of_file
+
+    weights = sha256_of_file(store.folder / "model.pt") + sha256_of_file(store.folder / "plan.json")
+    results = deploy(store, options, inputs, traced, network, Role.CONVERTED, weights, progress)
+    target = target_result(results, options, Role.CONVERTED)
+    measured = measure_quality(store, target, inputs, evaluator, options.threads, progress)
+    return [measured if result is target else result for result in results]
+
+
+def _tighter_limit(options: ConvertOptions, converted: list[ArtifactResult], guard: GuardRecord) -> float | None:
+    """The limit for the PyTorch network that should bring the target's file below --max-drop; None if it is there.
+
+    Quantization takes its own share of the drop, which the guard's PyTorch network does not see.
+    """
+    quality = target_result(converted, options, Role.CONVERTED).quality
+    if options.max_drop_points is None or quality is None or quality.drop_points <= options.max_drop_points:
+        return None
+    return max(0.0, guard.quality.drop_points - (quality.drop_points - options.max_drop_points))
+
+
+def inspect_model(
+    model: Path, arch: str, input_shape: tuple[int, int, int], options: SchemeOptions
+) -> tuple[Trace, dict[str, dict[str, Candidate | Kept]], tuple[str, ...]]:
+    """What a network consists of and what each convolution could become.
+
+    Args:
+        model: The checkpoint.
+        arch: The architecture.
+        input_shape: (C, H, W).
+        options: Hyper-parameters of the schemes.
+
+    Returns:
+        The trace; convolution -> scheme -> candidate or why not (dense left out); notes from loading.
+
+    Raises:
+        SepdeployError: if the network cannot be loaded or traced.
+    """
+    if min(input_shape) < 1:
+        raise UsageError(f"--input-shape must be positive, got {','.join(map(str, input_shape))}")
+    loaded = load_model(model, arch)
+    traced = trace_network(loaded.module, torch.zeros(1, *input_shape))
+    schemes = [find_scheme(name) for name in SCHEMES if name != "dense"]
+    candidates = {
+        site.name: {scheme.name: find_candidate(site, scheme, options) for scheme in schemes} for site in traced.sites
+    }
+    return traced, candidates, loaded.notes
+
+
+def _discard_results(folder: Path) -> None:
+    """Remove what marks the bundle as finished, before the first file behind it changes."""
+    for name in ("manifest.json", "report.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _discard_other_formats(folder: Path, formats: tuple[Format, ...]) -> None:
+    """Remove files of formats that an earlier run made and this one does not."""
+    for file_format in Format:
+        if file_format not in formats:
+            for role in Role:
+                for precision in Precision:
+                    artifact_path(folder, file_format, precision, role).unlink(missing_ok=True)

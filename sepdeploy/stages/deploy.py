@@ -1,0 +1,250 @@
+"""Fold, export, quantize, compare and time: from PyTorch networks to files with measurements."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from sepdeploy.bench.accuracy import QualityMeter
+from sepdeploy.bench.session import open_session
+from sepdeploy.bench.timing import measure
+from sepdeploy.core.artifact import Artifact, Format, Precision, Role
+from sepdeploy.core.codec import read_json, write_json
+from sepdeploy.core.conv import Trace
+from sepdeploy.core.files import replacing
+from sepdeploy.core.measurement import Quality
+from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.progress import Progress
+from sepdeploy.core.report import ArtifactResult
+from sepdeploy.core.stage_store import StageStore
+from sepdeploy.errors import ContractError, ToolError
+from sepdeploy.passes.fold_batchnorm import fold_batchnorm
+from sepdeploy.planning.evaluate import Evaluator, run_network
+from sepdeploy.quantize.saturation import saturates_u8s8
+from sepdeploy.stages.load import Inputs
+
+__all__ = ["artifact_path", "deploy", "fold_network", "measure_latency", "measure_quality", "versions"]
+
+_NUMERIC_IMAGES = 64
+_NUMERIC_TOLERANCE = 1e-4
+"""Largest difference between a float file and its PyTorch network, relative to the largest output."""
+
+_RANGE_IMAGES = 256
+"""Calibration images for the int8 ranges: minima and maxima settle long before that."""
+
+
+def versions() -> dict[str, str]:
+    """Package -> installed version of everything that has a hand in the files."""
+    names = (
+        "torch", "numpy", "onnx", "onnxscript", "onnxsim", "onnxruntime",
+        "litert-torch", "ai-edge-litert", "ai-edge-quantizer", "pillow",
+    )  # fmt: skip
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def artifact_path(folder: Path, file_format: Format, precision: Precision, role: Role) -> Path:
+    """Where a file of the bundle lies: 'model.int8.onnx', 'original/model.tflite'."""
+    name = f"model{'.int8' if precision is Precision.INT8 else ''}.{file_format.value}"
+    return folder / name if role is Role.CONVERTED else folder / "original" / name
+
+
+def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> nn.Module:
+    """A copy with every batch norm folded that directly follows a convolution, checked on real images.
+
+    Raises:
+        ContractError: if the outputs change by more than rounding.
+    """
+    folded: nn.Module = copy.deepcopy(network).eval()
+    folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    fold_batchnorm(folded, {site.name: site.norm for site in traced.sites if site.norm is not None})
+    error = _largest_error(run_network(network, torch.from_numpy(batch)), run_network(folded, torch.from_numpy(batch)))
+    if error > _NUMERIC_TOLERANCE:
+        raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
+    return folded
+
+
+def deploy(
+    store: StageStore,
+    options: ConvertOptions,
+    inputs: Inputs,
+    traced: Trace,
+    network: nn.Module,
+    role: Role,
+    weights_sha256: str,
+    progress: Progress,
+) -> list[ArtifactResult]:
+    """Export and quantize one network to every format; the files' qualities and latencies are still open."""
+    folded: nn.Module | None = None
+    batch = _first_images(inputs)
+    is_channels_last = inputs.calibration.preprocess.layout == "NCHW"
+    results = []
+    for file_format in options.formats:
+        transposes = file_format is Format.TFLITE and is_channels_last
+        path = artifact_path(store.folder, file_format, Precision.FLOAT32, role)
+        int8_path = artifact_path(store.folder, file_format, Precision.INT8, role)
+        key = {
+            "weights": weights_sha256,
+            "arch": inputs.architecture.sha256 or inputs.architecture.spec,
+            "versions": versions(),
+            "shape": list(traced.input_shape),
+        }
+
+        def export(path: Path = path, file_format: Format = file_format, transposes: bool = transposes) -> None:
+            nonlocal folded
+            progress.stage(f"exporting the {role.value} network to {file_format.value}")
+            folded = folded if folded is not None else fold_network(network, traced, batch)
+            with replacing(path) as temporary:
+                _export(folded, batch[:1], temporary, file_format, is_channels_last=transposes)
+                _check_numerics(temporary, folded, batch, is_channels_last=transposes)
+
+        def quantize(path: Path = path, int8_path: Path = int8_path, file_format: Format = file_format) -> None:
+            progress.stage(f"quantizing the {role.value} {file_format.value} file to int8")
+            with replacing(int8_path) as temporary:
+                _quantize(path, temporary, inputs, file_format, is_channels_last=is_channels_last)
+
+        store.run(f"export {role.value} {file_format.value}", key, (path,), export)
+        float_file = Artifact.of_file(
+            path, format=file_format, precision=Precision.FLOAT32, role=role, is_channels_last=transposes
+        )
+        int8_key = {
+            "source": float_file.sha256,
+            "images": inputs.calibration.sha256,
+            "versions": versions(),
+            "saturates": saturates_u8s8(),
+        }
+        store.run(f"quantize {role.value} {file_format.value}", int8_key, (int8_path,), quantize)
+        int8_file = Artifact.of_file(
+            int8_path, format=file_format, precision=Precision.INT8, role=role, is_channels_last=transposes
+        )
+        for artifact in (float_file, int8_file):
+            error = _numeric_error(Path(artifact.path), network, batch, is_channels_last=transposes)
+            float_ops = _float_ops(artifact) if artifact.precision is Precision.INT8 else ()
+            results.append(ArtifactResult(artifact, None, None, error, float_ops))
+    return results
+
+
+def measure_quality(
+    store: StageStore, result: ArtifactResult, inputs: Inputs, evaluator: Evaluator, threads: int, progress: Progress
+) -> ArtifactResult:
+    """Run the file on every validation image; work/quality/*.json."""
+    artifact = result.artifact
+    name = f"{artifact.role.value}.{artifact.precision.value}.{artifact.format.value}"
+    path = store.work / "quality" / f"{name}.json"
+
+    def make() -> None:
+        progress.stage(f"running the {artifact.role.value} {artifact.precision.value} {artifact.format.value} file")
+        session = open_session(Path(artifact.path), threads=threads, is_channels_last=artifact.is_channels_last)
+        meter = QualityMeter()
+        done = 0
+        for batch, reference, labels in evaluator.reference_batches():
+            meter.update(reference, session.predict(batch), labels)
+            done += len(batch)
+            progress.step(done, len(inputs.validation))
+        write_json(path, meter.result(None))
+
+    key = {"file": artifact.sha256, "images": inputs.validation.sha256, "reference": inputs.model_sha256}
+    store.run(f"quality {name}", key, (path,), make)
+    return replace(result, quality=read_json(Quality, path))
+
+
+def measure_latency(results: list[ArtifactResult], options: ConvertOptions, progress: Progress) -> list[ArtifactResult]:
+    """Time every file, each converted one interleaved with the original of its format and precision."""
+    timed = []
+    for file_format in options.formats:
+        for precision in Precision:
+            pair = [r for r in results if (r.artifact.format, r.artifact.precision) == (file_format, precision)]
+            progress.stage(f"timing {file_format.value} {precision.value}, {options.threads} threads")
+            sessions = {
+                r.artifact.role.value: open_session(
+                    Path(r.artifact.path), threads=options.threads, is_channels_last=r.artifact.is_channels_last
+                )
+                for r in pair
+            }
+            latencies = measure(
+                sessions,
+                reference=Role.ORIGINAL.value,
+                threads=options.threads,
+                seconds=options.bench_seconds,
+                seed=options.seed,
+            )
+            timed += [replace(r, latency=latencies[r.artifact.role.value]) for r in pair]
+    return timed
+
+
+def _first_images(inputs: Inputs) -> np.ndarray:
+    batch, _ = next(inputs.validation.batches(_NUMERIC_IMAGES))
+    return batch
+
+
+def _export(
+    network: nn.Module, example: np.ndarray, path: Path, file_format: Format, *, is_channels_last: bool
+) -> None:
+    if file_format is Format.ONNX:
+        from sepdeploy.export.onnx import export_onnx
+
+        export_onnx(network, torch.from_numpy(example), path)
+    else:
+        from sepdeploy.export.tflite import export_tflite
+
+        export_tflite(network, torch.from_numpy(example), path, is_channels_last=is_channels_last)
+
+
+def _quantize(source: Path, path: Path, inputs: Inputs, file_format: Format, *, is_channels_last: bool) -> None:
+    def images() -> Iterator[np.ndarray]:
+        for batch, _ in inputs.calibration.head(_RANGE_IMAGES).batches(1):
+            yield batch
+
+    if file_format is Format.ONNX:
+        from sepdeploy.quantize.onnx_qdq import quantize_onnx
+
+        quantize_onnx(source, path, images())
+    else:
+        from sepdeploy.quantize.tflite_int8 import quantize_tflite
+
+        as_file_takes = (x.transpose(0, 2, 3, 1) if is_channels_last else x for x in images())
+        quantize_tflite(source, path, as_file_takes)
+
+
+def _check_numerics(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> None:
+    session = open_session(path, threads=1, is_channels_last=is_channels_last)
+    error = _largest_error(run_network(network, torch.from_numpy(batch)), session.predict(batch))
+    if not error <= _NUMERIC_TOLERANCE:
+        raise ToolError(
+            f"the exported {path.suffix} file computes something else than the network: outputs differ by {error:.1e} "
+            "of their range; leave that format out with --formats"
+        )
+
+
+def _numeric_error(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> float:
+    """Largest |output - output of the PyTorch network| on real images."""
+    session = open_session(path, threads=1, is_channels_last=is_channels_last)
+    pairs = zip(run_network(network, torch.from_numpy(batch)), session.predict(batch), strict=True)
+    return max(float(np.abs(expected - found).max(initial=0.0)) for expected, found in pairs)
+
+
+def _largest_error(expected: tuple[np.ndarray, ...], found: tuple[np.ndarray, ...]) -> float:
+    """Largest difference of any output, relative to that output's largest value (at least 1)."""
+    return max(
+        float(np.abs(a - b).max(initial=0.0) / max(1.0, float(np.abs(a).max(initial=0.0))))
+        for a, b in zip(expected, found, strict=True)
+    )
+
+
+def _float_ops(artifact: Artifact) -> tuple[str, ...]:
+    from sepdeploy.quantize.inspect_int8 import float_ops_of_onnx, float_ops_of_tflite
+
+    reader = float_ops_of_onnx if artifact.format is Format.ONNX else float_ops_of_tflite
+    return reader(Path(artifact.path))

@@ -1,0 +1,179 @@
+"""Trace, plan, transfer and guard: from the trained network to the converted one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from sepdeploy.analyze.trace import trace_network
+from sepdeploy.core.codec import read_json, to_json, write_json
+from sepdeploy.core.conv import Trace
+from sepdeploy.core.files import sha256_of_bytes
+from sepdeploy.core.measurement import Quality
+from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.plan import Plan
+from sepdeploy.core.progress import Progress
+from sepdeploy.core.report import GuardStep, LayerTransfer
+from sepdeploy.core.stage_store import StageStore
+from sepdeploy.errors import UsageError
+from sepdeploy.loading.checkpoint import load_state_dict
+from sepdeploy.planning.candidates import drop_failing, propose_plan
+from sepdeploy.planning.evaluate import Evaluator, tensor_batches
+from sepdeploy.planning.guard import guard_plan
+from sepdeploy.stages.bundle import rebuild, save_weights
+from sepdeploy.stages.load import Inputs
+from sepdeploy.version import __version__
+
+if TYPE_CHECKING:
+    from sepdeploy.transfer.layer import TransferMethod
+
+__all__ = ["GuardRecord", "propose", "run_guard", "trace"]
+
+
+@dataclass(frozen=True, slots=True)
+class GuardRecord:
+    """What the guard leaves on disk besides plan.json and model.pt.
+
+    Attributes:
+        transfers: Quality of each replaced layer.
+        steps: Every set that was measured.
+        quality: Of the converted PyTorch network.
+    """
+
+    transfers: tuple[LayerTransfer, ...]
+    steps: tuple[GuardStep, ...]
+    quality: Quality
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The guard's memory as a file."""
+
+    inputs: dict[str, object]
+    damages: dict[str, float]
+    steps: dict[str, GuardStep]
+
+
+class _MemoryFile(MutableMapping[str, "float | GuardStep"]):
+    """What the guard measured, written to disk with each entry, so that a killed run goes on where it was."""
+
+    def __init__(self, path: Path, inputs: dict[str, object]) -> None:
+        self._path = path
+        self._inputs = inputs
+        self._values: dict[str, float | GuardStep] = {}
+        try:
+            known = read_json(_Measured, path)
+        except UsageError:
+            return  # not there, or cut off: measured again
+        if known.inputs == inputs:
+            self._values = {**known.damages, **known.steps}
+
+    def __setitem__(self, key: str, value: float | GuardStep) -> None:
+        self._values[key] = value
+        damages = {k: v for k, v in self._values.items() if isinstance(v, float)}
+        steps = {k: v for k, v in self._values.items() if isinstance(v, GuardStep)}
+        write_json(self._path, _Measured(self._inputs, damages, steps))
+
+    def __getitem__(self, key: str) -> float | GuardStep:
+        return self._values[key]
+
+    def __delitem__(self, key: str) -> None:
+        del self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def trace(store: StageStore, inputs: Inputs) -> Trace:
+    """Find every convolution; work/trace.json."""
+    path = store.work / "trace.json"
+
+    def make() -> None:
+        write_json(path, trace_network(inputs.network, inputs.example()))
+
+    store.run(
+        "trace",
+        _network_key(inputs),
+        (path,),
+        lambda: write_json(path, trace_network(inputs.network, inputs.example())),
+    )
+    return read_json(Trace, path)
+
+
+def propose(store: StageStore, options: ConvertOptions, inputs: Inputs, traced: Trace) -> Plan:
+    """Everything that the scheme can replace, whatever it costs in accuracy; work/proposal.json."""
+    path = store.work / "proposal.json"
+    key = {**_network_key(inputs), "scheme": options.scheme, "options": repr(options.scheme_options)}
+
+    def make() -> None:
+        plan = propose_plan(traced, options.scheme, options.scheme_options)
+        write_json(path, drop_failing(inputs.network, traced, plan, inputs.example()))
+
+    store.run("plan", key, (path,), make)
+    return read_json(Plan, path)
+
+
+def run_guard(
+    store: StageStore,
+    options: ConvertOptions,
+    inputs: Inputs,
+    traced: Trace,
+    proposal: Plan,
+    evaluator: Evaluator,
+    batch_size: int,
+    limit_points: float | None,
+    progress: Progress,
+) -> tuple[Plan, nn.Module, GuardRecord]:
+    """Replace as much as the limit allows; plan.json, model.pt and work/guard.json."""
+    files = (store.folder / "plan.json", store.folder / "model.pt", store.work / "guard.json")
+    plan_path, weights_path, record_path = files
+    basis: dict[str, object] = {
+        **_network_key(inputs),
+        "proposal": sha256_of_bytes(to_json(proposal).encode()),
+        "calibration": inputs.calibration.sha256,
+        "validation": inputs.validation.sha256,
+        "transfer": options.transfer,
+        "threads": torch.get_num_threads(),
+    }
+
+    def make() -> None:
+        guarded = guard_plan(
+            inputs.network,
+            traced,
+            proposal,
+            tensor_batches(inputs.calibration, batch_size),
+            evaluator,
+            max_drop_points=limit_points,
+            method=cast("TransferMethod", options.transfer),
+            memory=_MemoryFile(store.work / "guard_memory.json", basis),
+            progress=progress.stage,
+        )
+        save_weights(weights_path, guarded.network)
+        write_json(plan_path, guarded.plan)
+        write_json(record_path, GuardRecord(guarded.transfers, guarded.steps, guarded.quality))
+
+    store.run("guard", {**basis, "limit": limit_points}, files, make)
+    plan = read_json(Plan, plan_path)
+    network = rebuild(inputs.network, plan, load_state_dict(weights_path).tensors)
+    return plan, network, read_json(GuardRecord, record_path)
+
+
+def _network_key(inputs: Inputs) -> dict[str, object]:
+    """What the network and its input are, for the records."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": inputs.model_sha256,
+        "arch": inputs.architecture.spec,
+        "code": inputs.architecture.sha256,
+        "shape": list(inputs.calibration.input_shape),
+        "layout": inputs.calibration.preprocess.layout,
+    }

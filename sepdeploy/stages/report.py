@@ -1,0 +1,170 @@
+"""Last stage: checks, report and manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from sepdeploy.core.artifact import Format, Precision, Role
+from sepdeploy.core.codec import write_json
+from sepdeploy.core.conv import Trace
+from sepdeploy.core.files import sha256_of_file, write_text
+from sepdeploy.core.manifest import FileEntry, Manifest
+from sepdeploy.core.measurement import Quality
+from sepdeploy.core.options import TARGETS, ConvertOptions
+from sepdeploy.core.plan import Plan
+from sepdeploy.core.report import ArtifactResult, Check, NetworkCost, Report
+from sepdeploy.errors import ContractError
+from sepdeploy.quantize.saturation import saturates_u8s8
+from sepdeploy.render.html import render_html
+from sepdeploy.stages.deploy import versions
+from sepdeploy.stages.guard import GuardRecord
+from sepdeploy.stages.load import Inputs, summarize_images
+from sepdeploy.version import __version__
+
+__all__ = ["make_report", "target_result", "write_bundle"]
+
+_CHANCE_FACTOR = 2.0
+
+
+def target_result(results: Sequence[ArtifactResult], options: ConvertOptions, role: Role) -> ArtifactResult:
+    """The file of `role` that the promises are about."""
+    for result in results:
+        artifact = result.artifact
+        if (artifact.format, artifact.precision, artifact.role) == (TARGETS[options.target], options.precision, role):
+            return result
+    raise ContractError(f"no {role.value} file was made for {options.target} {options.precision.value}")
+
+
+def make_report(
+    options: ConvertOptions,
+    inputs: Inputs,
+    traced: Trace,
+    plan: Plan,
+    network: nn.Module,
+    guard: GuardRecord,
+    original_quality: Quality,
+    results: Sequence[ArtifactResult],
+) -> Report:
+    """Put everything that was measured together, with paths relative to the bundle."""
+    folder = options.output_folder
+    in_bundle = tuple(
+        replace(r, artifact=replace(r.artifact, path=Path(r.artifact.path).relative_to(folder).as_posix()))
+        for r in results
+    )
+    converted_macs = traced.total_macs - sum(
+        traced.site(name).macs - candidate.macs for name, candidate in plan.replaced.items()
+    )
+    convs = len(traced.sites)
+    return Report(
+        version=__version__,
+        model=str(options.model),
+        arch=options.arch,
+        command=options.command,
+        seed=options.seed,
+        target=options.target,
+        precision=options.precision,
+        max_drop_points=options.max_drop_points,
+        input_shape=traced.input_shape,
+        calibration=summarize_images(inputs.calibration),
+        validation=summarize_images(inputs.validation),
+        original=NetworkCost(traced.total_macs, traced.total_params, convs),
+        converted=NetworkCost(converted_macs, sum(p.numel() for p in network.parameters()), convs),
+        plan=plan,
+        transfer=guard.transfers,
+        guard=guard.steps,
+        original_quality=original_quality,
+        converted_quality=guard.quality,
+        artifacts=in_bundle,
+        checks=_checks(options, plan, in_bundle, guard),
+        notes=(*inputs.notes, *_quality_notes(inputs, original_quality), *_int8_notes(in_bundle)),
+    )
+
+
+def write_bundle(options: ConvertOptions, inputs: Inputs, report: Report) -> None:
+    """Write report.json, report.html and, last, manifest.json."""
+    folder = options.output_folder
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.html", render_html(report))
+    names = ["plan.json", "model.pt", *(r.artifact.path for r in report.artifacts), "report.json", "report.html"]
+    manifest = Manifest(
+        version=__version__,
+        command=options.command,
+        seed=options.seed,
+        model=str(options.model),
+        model_sha256=inputs.model_sha256,
+        arch=inputs.architecture,
+        input_shape=report.input_shape,
+        versions=versions(),
+        files={n: FileEntry((folder / n).stat().st_size, sha256_of_file(folder / n)) for n in names},
+    )
+    write_json(folder / "manifest.json", manifest)
+
+
+def _checks(
+    options: ConvertOptions, plan: Plan, results: Sequence[ArtifactResult], guard: GuardRecord
+) -> tuple[Check, ...]:
+    converted = target_result(results, options, Role.CONVERTED)
+    checks = []
+    limit, quality = options.max_drop_points, converted.quality
+    if limit is not None and quality is not None:
+        sentence = (
+            f"{quality.drop_points:.2f} points of {quality.drop_basis} lost by the {options.target} "
+            f"{options.precision.value} file on {quality.images} images, the limit is {limit:g}"
+        )
+        if quality.drop_points > limit and guard.quality.drop_points <= limit:
+            sentence += (
+                f"; the float network loses {guard.quality.drop_points:.2f}, so the {options.precision.value} "
+                "file costs the rest: raise --max-drop, or use --precision float32"
+            )
+        checks.append(Check("accuracy", quality.drop_points <= limit, sentence))
+    if plan.scheme != "dense":
+        checks.append(_speed_check(options, plan, converted))
+    return tuple(checks)
+
+
+def _speed_check(options: ConvertOptions, plan: Plan, converted: ArtifactResult) -> Check:
+    latency = converted.latency
+    if not plan.replaced:
+        return Check("speed", False, "no convolution could be replaced, so nothing became faster; the plan says why")
+    if latency is None or latency.speedup is None or latency.speedup_low is None:
+        raise ContractError("the target's file was not timed against the original")
+    threads = f"{latency.environment.threads} thread{'s' if latency.environment.threads > 1 else ''}"
+    sentence = (
+        f"{latency.speedup:.2f}x the original's speed (95% interval {latency.speedup_low:.2f} to "
+        f"{latency.speedup_high:.2f}) on {options.target} {options.precision.value}, {threads}"
+    )
+    is_faster = latency.speedup_low > 1
+    if not is_faster:
+        sentence += "; try another --scheme, fewer --terms, another --target or --precision"
+    return Check("speed", is_faster, sentence)
+
+
+def _quality_notes(inputs: Inputs, quality: Quality) -> tuple[str, ...]:
+    classes = len(inputs.validation.class_names)
+    if quality.accuracy_ratio is None or inputs.validation.labels is None:
+        return ()
+    classes = max(classes, int(inputs.validation.labels.max()) + 1)
+    if classes < 3 or quality.accuracy_ratio > _CHANCE_FACTOR / classes:
+        return ()
+    return (
+        f"the original network gets only {100 * quality.accuracy_ratio:.1f}% of the validation images right, about "
+        f"chance for {classes} classes: check the preprocessing and the order of the classes before trusting any "
+        "accuracy here",
+    )
+
+
+def _int8_notes(results: Sequence[ArtifactResult]) -> tuple[str, ...]:
+    notes = tuple(
+        f"{r.artifact.path} still computes in floating point: {', '.join(r.float_ops)}"
+        for r in results
+        if r.artifact.precision is Precision.INT8 and r.artifact.role is Role.CONVERTED and r.float_ops
+    )
+    if saturates_u8s8() and any(r.artifact.format is Format.ONNX for r in results):
+        notes += (
+            "this processor saturates in uint8 x int8 products, so the weights of the int8 ONNX files keep to 7 bits",
+        )
+    return notes
