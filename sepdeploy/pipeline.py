@@ -14,7 +14,7 @@ from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Candidate, Kept, Plan, SchemeOptions
 from sepdeploy.core.progress import Progress, Silent
 from sepdeploy.core.report import ArtifactResult, Report
-from sepdeploy.core.stage_store import StageStore, locked
+from sepdeploy.core.stage_store import StageStore, locked, require_usable
 from sepdeploy.errors import UsageError
 from sepdeploy.loading.model import load_model
 from sepdeploy.planning.candidates import find_candidate
@@ -48,15 +48,15 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
     """
     progress = progress or Silent()
     find_scheme(options.scheme)
+    folder = options.output_folder
+    require_usable(folder)  # before the minutes that large sets of images take
     torch.manual_seed(options.seed)
     inputs = load_inputs(options, progress)
-    folder = options.output_folder
-    store = StageStore(folder, on_change=lambda: _discard_results(folder))
-    with locked(store.work):
+    with locked(folder):
+        store = StageStore(folder, on_change=lambda: _discard_results(folder))
         progress.stage("tracing the network")
         traced = trace(store, inputs)
         proposal = propose(store, options, inputs, traced)
-        _discard_other_formats(folder, options.formats)
         return _convert(store, options, inputs, traced, proposal, progress)
 
 
@@ -85,6 +85,8 @@ def _convert(
     results = measure_latency(results, options, progress)
     progress.stage("writing the report")
     report = make_report(options, inputs, traced, plan, network, guard, original_quality, results)
+    _discard_results(store.folder)
+    _discard_other_formats(store.folder, options.formats)
     write_bundle(options, inputs, report)
     return report
 
@@ -148,7 +150,7 @@ def inspect_model(
 
 
 def _discard_results(folder: Path) -> None:
-    """Remove what marks the bundle as finished, before the first file behind it changes."""
+    """Remove what marks the bundle as finished, before the first file behind it changes; the manifest goes first."""
     for name in ("manifest.json", "report.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
 

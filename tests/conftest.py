@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -109,9 +109,7 @@ def functional():
 
 
 def weight_used_elsewhere():
-    return Net(
-        lambda n, x: n.bn(n.conv(x)) + F.conv2d(x, n.conv.weight, padding=1), conv=conv(), bn=nn.BatchNorm2d(8)
-    )
+    return Net(lambda n, x: n.bn(n.conv(x)) + F.conv2d(x, n.conv.weight, padding=1), conv=conv(), bn=nn.BatchNorm2d(8))
 
 
 def own_forward():
@@ -237,7 +235,7 @@ def looks_at_type():
 
 
 def reads_private_attribute():
-    return Net(lambda n, x: n.conv._conv_forward(n.conv(x), n.conv.weight, n.conv.bias), conv=conv())
+    return Net(lambda n, x: F.pad(n.conv(x), n.conv._reversed_padding_repeated_twice), conv=conv())
 
 
 def stale_geometry():
@@ -253,7 +251,7 @@ def swallows_everything():
     def run(n, x):
         try:
             y = n.conv(x)
-        except BaseException:  # noqa: BLE001 (the network at fault is the point)
+        except BaseException:
             y = x
         return F.relu(y)
 

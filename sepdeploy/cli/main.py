@@ -76,6 +76,8 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _stopped()
     except click.ClickException as error:
+        if is_json:
+            _print_json(UsageError.__name__, error.format_message(), error.exit_code)
         error.show()
         return error.exit_code
     except BrokenPipeError:
@@ -104,14 +106,17 @@ def _as_ours(error: Exception) -> SepdeployError:
 
 
 def _report(error: SepdeployError, *, is_json: bool, is_debug: bool) -> int:
-    message = str(error)
+    message = " ".join(str(error).split())  # the user's own code may have put lines of its own into it
     if is_json:
-        data = {"error": {"type": type(error).__name__, "message": message, "exit_code": error.exit_code}}
-        click.echo(json.dumps(data))
+        _print_json(type(error).__name__, message, error.exit_code)
     click.echo(f"sepdeploy: {message}", err=True)
     if isinstance(error, ToolError) and error.stderr and is_debug:
         click.echo(error.stderr, err=True)
     return error.exit_code
+
+
+def _print_json(kind: str, message: str, exit_code: int) -> None:
+    click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": exit_code}}))
 
 
 def _stopped() -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sepdeploy.core.files import write_text
-from sepdeploy.errors import UsageError
+from sepdeploy.errors import ContractError, UsageError
 
 if TYPE_CHECKING:
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
 __all__ = ["from_json", "read_json", "to_data", "to_json", "write_json"]
 
@@ -29,8 +29,15 @@ def to_data(value: object) -> Any:
 
 
 def to_json(value: object) -> str:
-    """The dataclass `value` as indented JSON with a final newline; equal values give equal text."""
-    return json.dumps(to_data(value), indent=1, allow_nan=False) + "\n"
+    """The dataclass `value` as indented JSON with a final newline; equal values give equal text.
+
+    Raises:
+        ContractError: if it has a NaN or an infinite number, which JSON cannot hold.
+    """
+    try:
+        return json.dumps(to_data(value), indent=1, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ContractError(f"a {type(value).__name__} with a number that is not finite cannot be written") from error
 
 
 def from_json(kind: type[T], text: str | bytes, *, name: str = "the JSON text") -> T:
@@ -44,10 +51,22 @@ def from_json(kind: type[T], text: str | bytes, *, name: str = "the JSON text") 
     try:
         value: T = _adapter(kind).validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the top level"
-        raise UsageError(f"{name} is not a valid {kind.__name__}: at {place}: {first['msg']}") from error
+        place, message = _first_fault(error)
+        raise UsageError(f"{name} is not a valid {kind.__name__}: at {place}: {message}") from error
+    except UsageError as error:  # raised by the dataclasses' own checks
+        raise UsageError(f"{name} is not a valid {kind.__name__}: {error}") from error
     return value
+
+
+def _first_fault(error: ValidationError) -> tuple[str, str]:
+    """Place and message of the first fault, passing over the members of a union that the text's `kind` rules out."""
+    faults = error.errors(include_url=False)
+    ruled_out = [
+        fault["loc"][:-1] for fault in faults if fault["type"] == "literal_error" and fault["loc"][-1] == "kind"
+    ]
+    relevant = [fault for fault in faults if not any(fault["loc"][: len(loc)] == loc for loc in ruled_out)]
+    first = (relevant or faults)[0]
+    return ".".join(str(part) for part in first["loc"]) or "the top level", first["msg"]
 
 
 def read_json(kind: type[T], path: Path) -> T:

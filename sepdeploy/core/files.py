@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sepdeploy.errors import UsageError
 
-__all__ = ["output_error", "replacing", "sha256_of_bytes", "sha256_of_file", "write_bytes", "write_text"]
+__all__ = [
+    "output_error",
+    "remove_temporaries",
+    "replacing",
+    "sha256_of_bytes",
+    "sha256_of_file",
+    "write_bytes",
+    "write_text",
+]
 
 
 def sha256_of_bytes(data: bytes) -> str:
@@ -50,7 +58,14 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise output_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is none: nothing was written there
+            temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `replacing` left in `folder` when its process was killed; no process may be writing there."""
+    for path in folder.glob(".*.tmp*"):
+        path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -6,38 +6,44 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from sepdeploy.core.files import output_error, sha256_of_bytes, sha256_of_file, write_text
+from sepdeploy.core.files import output_error, remove_temporaries, sha256_of_bytes, sha256_of_file, write_text
 from sepdeploy.errors import UsageError
 
-__all__ = ["StageStore", "locked"]
+__all__ = ["StageStore", "locked", "require_usable"]
 
+_WORK = "work"
 _RECORD = "stages.json"
+_LOCK = "lock"
 
 
 class StageStore:
     """Remembers which files each stage made from which inputs.
 
     Args:
-        folder: The bundle; records and intermediate results go to its subfolder `work`.
-        on_change: Called before the first stage that really runs: what depends on the old files is void.
+        folder: The bundle, held by `locked`; records and intermediate results go to its subfolder `work`.
+        on_change: Called before the first file of the bundle changes: what depends on the old files is void.
 
     Raises:
-        UsageError: if `folder` holds files that are not a bundle, or cannot be written.
+        UsageError: if the records cannot be written.
     """
 
     def __init__(self, folder: Path, on_change: Callable[[], None]) -> None:
         self.folder = folder
-        self.work = folder / "work"
+        self.work = folder / _WORK
         self._on_change: Callable[[], None] | None = on_change
-        try:
-            if folder.is_dir() and any(folder.iterdir()) and not (self.work / _RECORD).is_file():
-                raise UsageError(f"{folder} holds other files; choose another --output or empty it first")
-            self.work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise output_error(folder, error) from error
         self._records: dict[str, dict[str, object]] = self._read()
         self._write()
+
+    def before_change(self) -> None:
+        """Every stage calls this once its result is ready, right before it replaces a file outside of `work`.
+
+        So a run that fails before that leaves a finished bundle as it was.
+        """
+        if self._on_change:
+            self._on_change()
+            self._on_change = None
 
     def run(self, name: str, inputs: Mapping[str, object], files: tuple[Path, ...], make: Callable[[], None]) -> bool:
         """Run the stage `make` unless its `files` are there, made by it from the same `inputs`.
@@ -55,9 +61,6 @@ class StageStore:
         record = self._records.get(name)
         if record is not None and record.get("key") == key and record.get("files") == self._hashes(files):
             return False
-        if self._on_change:
-            self._on_change()
-            self._on_change = None
         self._records.pop(name, None)
         make()
         self._records[name] = {"key": key, "files": self._hashes(files)}
@@ -80,28 +83,52 @@ class StageStore:
         write_text(self.work / _RECORD, json.dumps(self._records, indent=1) + "\n")
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the bundle for this process alone; the lock ends with the process, however it ends.
+def require_usable(folder: Path) -> None:
+    """Check that a bundle may go to `folder`: it is new, empty, or a bundle, finished or not.
 
     Raises:
-        UsageError: if another process holds it.
+        UsageError: if it is a file, holds other files or cannot be read.
     """
     try:
-        import fcntl
-    except ImportError:  # no such locks on Windows: two runs into one folder are then the user's own care
-        yield
-        return
+        if not folder.exists():
+            return
+        names = {entry.name for entry in folder.iterdir()}
+        is_bundle = (folder / _WORK / _LOCK).is_file() or not names - {_WORK}
+    except OSError as error:
+        raise output_error(folder, error) from error
+    if not is_bundle:
+        raise UsageError(f"{folder} holds other files; choose another --output or empty it first")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the bundle `folder` for this process alone; the lock ends with the process, however it ends.
+
+    Temporary files that a killed run left in it are removed.
+
+    Raises:
+        UsageError: if another process holds it, it holds other files, or it cannot be written.
+    """
+    require_usable(folder)
+    work = folder / _WORK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("w")
+        work.mkdir(parents=True, exist_ok=True)
+        file = (work / _LOCK).open("w")
     except OSError as error:
         raise output_error(folder, error) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except OSError as error:
-            raise UsageError(
-                f"another run is writing to {folder.parent}; wait for it or choose another --output"
-            ) from error
+            raise UsageError(f"another run is writing to {folder}; wait for it or choose another --output") from error
+        for path in (folder, folder / "original", work, work / "quality"):
+            remove_temporaries(path)
         yield
+
+
+def _lock(file: IO[str]) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows: two runs into one folder are then the user's own care
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Exact rewrites of an exported ONNX graph, from operators that runtimes only have in float32 to those they have in int8.
+"""Exact rewrites of an ONNX graph, from operators that runtimes only have in float32 to those they have in int8.
 
 Each rule looks at one node and returns the nodes to put in its place, or None to leave it alone.
 """

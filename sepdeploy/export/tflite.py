@@ -49,6 +49,22 @@ def export_tflite(model: nn.Module, example: Tensor, path: Path, *, is_channels_
         converted.export(str(path))
 
 
+class _Contiguous(nn.Module):
+    """Runs a network on a contiguous copy of its input.
+
+    `to_channel_last_io` hands the network a permuted view; its strides run on through the convolutions, and networks
+    that flatten with `view` then fail to export. The copy itself leaves no operator in the file.
+    """
+
+    def __init__(self, model: FlatOutputs) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.model(x.contiguous())
+        return outputs
+
+
 def _converted(
     model: FlatOutputs, example: Tensor, outputs_4d: list[int], *, is_channels_last: bool
 ) -> litert_torch.model.Model:
@@ -63,7 +79,7 @@ def _converted(
             ) from error
         module: nn.Module = model
         if is_channels_last:
-            module = litert_torch.to_channel_last_io(model, args=[0], outputs=outputs_4d).eval()
+            module = litert_torch.to_channel_last_io(_Contiguous(model), args=[0], outputs=outputs_4d).eval()
             example = example.permute(0, 2, 3, 1).contiguous()
         try:
             with torch.no_grad():

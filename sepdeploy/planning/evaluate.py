@@ -13,6 +13,7 @@ from sepdeploy.analyze.trace import output_tensors
 from sepdeploy.bench.accuracy import QualityMeter
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.measurement import Quality
+from sepdeploy.core.quiet import first_line
 from sepdeploy.data.images import ImageSet
 from sepdeploy.errors import UnsupportedModelError
 
@@ -39,11 +40,11 @@ def batch_size_for(trace: Trace) -> int:
 
 
 def tensor_batches(images: ImageSet, batch_size: int) -> Callable[[], Iterable[Tensor]]:
-    """A function that starts a new pass over the images as tensors, channels innermost in memory."""
+    """A function that starts a new pass over the images as tensors."""
 
     def start() -> Iterator[Tensor]:
         for batch, _ in images.batches(batch_size):
-            yield _as_tensor(batch)
+            yield torch.from_numpy(batch)
 
     return start
 
@@ -51,22 +52,24 @@ def tensor_batches(images: ImageSet, batch_size: int) -> Callable[[], Iterable[T
 def prefer_channels_last(model: nn.Module, example: Tensor) -> nn.Module:
     """Give the weights a channels-last layout, which runs about twice as fast here, if the network takes it.
 
-    Networks that flatten with `view` do not; they are left as they are. Values never change.
+    The outputs of the convolutions follow the weights, whatever the layout of the images. Networks that flatten with
+    `view` cannot take that; they are left as they are. Values never change.
     """
     if example.dim() != 4:
         return model
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
-        run_network(model, example.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
+        run_network(model, torch.cat([example, example]))  # of a single image, any layout may pass as contiguous
+    except Exception:  # whatever else is wrong with the network, the evaluation says
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return model
 
 
 @torch.no_grad()
 def run_network(model: nn.Module, batch: Tensor) -> tuple[np.ndarray, ...]:
-    """All output tensors of `model` for one batch, as float32 arrays in pytree order."""
-    return tuple(output.float().numpy(force=True) for output in output_tensors(model(batch)))
+    """All output tensors of `model` for one batch, as float32 arrays in pytree order; `batch` stays as it is."""
+    # A network that normalizes in place would change the images, and everybody who still needs them.
+    return tuple(output.float().numpy(force=True) for output in output_tensors(model(batch.clone())))
 
 
 class Evaluator:
@@ -101,7 +104,7 @@ class Evaluator:
             if index < len(self._kept):
                 outputs = self._kept[index]
             else:
-                outputs = run_network(self._original, _as_tensor(batch))
+                outputs = self._run_original(torch.from_numpy(batch))
                 size = sum(output.nbytes for output in outputs)
                 if index == len(self._kept) and self._kept_bytes + size <= _KEPT_OUTPUT_BYTES:
                     self._kept.append(outputs)
@@ -109,7 +112,11 @@ class Evaluator:
             yield batch, outputs, labels
 
     def original_quality(self) -> Quality:
-        """The original network on all images."""
+        """The original network on all images.
+
+        Raises:
+            UnsupportedModelError: if it returns NaN, fails on several images at once, or mixes them.
+        """
         meter = QualityMeter()
         for _, outputs, labels in self.reference_batches():
             if any(np.isnan(output).any() for output in outputs):
@@ -118,6 +125,23 @@ class Evaluator:
                 )
             meter.update(outputs, outputs, labels)
         return meter.result(None)
+
+    def _run_original(self, batch: Tensor) -> tuple[np.ndarray, ...]:
+        """Outputs of the original network, which so far has only been seen to run on single images."""
+        try:
+            outputs = run_network(self._original, batch)
+        except Exception as error:  # user code: whatever it raises
+            raise UnsupportedModelError(
+                f"the network runs on one image but not on {len(batch)} at once: {first_line(error)}; its forward "
+                "method must take any number of images"
+            ) from error
+        for output in outputs:
+            if output.ndim == 0 or len(output) != len(batch):
+                raise UnsupportedModelError(
+                    f"the network returns a tensor of shape {output.shape} for {len(batch)} images; the first "
+                    "dimension of every output must count the images"
+                )
+        return outputs
 
     def quality(self, network: nn.Module, limit_points: float | None = None) -> tuple[Quality, bool]:
         """The quality of `network`, and whether the evaluation ended early.
@@ -130,7 +154,7 @@ class Evaluator:
         drops = _PairedDrops()
         done = 0
         for batch, reference, labels in self.reference_batches():
-            outputs = run_network(network, _as_tensor(batch))
+            outputs = run_network(network, torch.from_numpy(batch))
             meter.update(reference, outputs, labels)
             drops.update(reference[0], outputs[0], labels)
             done += len(batch)
@@ -171,8 +195,3 @@ class _PairedDrops:
         variance = (self.squares + 1) / self.count - mean * mean
         error = math.sqrt(max(variance, 0.0) / self.count)
         return abs(100 * mean - limit_points) > 100 * _SIGMAS * error
-
-
-def _as_tensor(batch: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(batch)
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

@@ -225,7 +225,9 @@ class _Run:
         quality = self._full.get(frozenset(names)) or self.evaluator.quality(network)[0]
         is_accepted = self.limit is None or quality.drop_points <= self.limit
         step = _full_step((), len(names), quality, is_accepted=is_accepted)
-        return Guarded(self._plan_for(names), network, transfers, (*self.steps, step), quality)
+        is_new = all(s.is_partial or (s.replaced, s.drop_points) != (len(names), step.drop_points) for s in self.steps)
+        steps = (*self.steps, step) if is_new else tuple(self.steps)
+        return Guarded(self._plan_for(names), network, transfers, steps, quality)
 
     def _detail(self, drop_points: float, replaced: int, images: int) -> str:
         others = f"{replaced - 1} others replaced, on {images} images"

@@ -69,6 +69,8 @@ def summary_table(report: Report) -> Table:
 def artifacts_table(report: Report) -> Table:
     """Every file with its size, quality and latency; a speedup is that over the reference of its runtime.
 
+    Format, precision and role stand in the file's name: 'original/model.int8.tflite'.
+
     Raises:
         ContractError: if the latencies came about in different ways.
     """
@@ -76,7 +78,6 @@ def artifacts_table(report: Report) -> Table:
     basis = report.converted_quality.drop_basis
     columns = [
         _Column("file", "name"),
-        _Column("kind"),
         _Column("size\n(MB)"),
         _Column(f"{_QUALITY_HEADERS.get(basis, basis)}\n(%)"),
         _Column("SQNR\n(dB)"),
@@ -90,9 +91,8 @@ def artifacts_table(report: Report) -> Table:
 
 
 def _artifact_cells(result: ArtifactResult) -> Iterable[str]:
-    artifact, quality = result.artifact, result.quality
-    yield f"{artifact.format.value} {artifact.precision.value}\n{artifact.role.value}"
-    yield three_digits(artifact.size_bytes / 1e6)
+    quality = result.quality
+    yield three_digits(result.artifact.size_bytes / 1e6)
     yield _quality_cell(quality)
     yield _NONE if quality is None or quality.sqnr_db is None else f"{quality.sqnr_db:.1f}"
     yield from _time_cells(result.latency)

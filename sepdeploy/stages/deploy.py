@@ -109,11 +109,13 @@ def deploy(
             with replacing(path) as temporary:
                 _export(folded, batch[:1], temporary, file_format, is_channels_last=transposes)
                 _check_numerics(temporary, folded, batch, is_channels_last=transposes)
+                store.before_change()
 
         def quantize(path: Path = path, int8_path: Path = int8_path, file_format: Format = file_format) -> None:
             progress.stage(f"quantizing the {role.value} {file_format.value} file to int8")
             with replacing(int8_path) as temporary:
                 _quantize(path, temporary, inputs, file_format, is_channels_last=is_channels_last)
+                store.before_change()
 
         store.run(f"export {role.value} {file_format.value}", key, (path,), export)
         float_file = Artifact.of_file(

@@ -99,12 +99,7 @@ def trace(store: StageStore, inputs: Inputs) -> Trace:
     def make() -> None:
         write_json(path, trace_network(inputs.network, inputs.example()))
 
-    store.run(
-        "trace",
-        _network_key(inputs),
-        (path,),
-        lambda: write_json(path, trace_network(inputs.network, inputs.example())),
-    )
+    store.run("trace", _network_key(inputs), (path,), make)
     return read_json(Trace, path)
 
 
@@ -156,6 +151,7 @@ def run_guard(
             memory=_MemoryFile(store.work / "guard_memory.json", basis),
             progress=progress.stage,
         )
+        store.before_change()
         save_weights(weights_path, guarded.network)
         write_json(plan_path, guarded.plan)
         write_json(record_path, GuardRecord(guarded.transfers, guarded.steps, guarded.quality))

@@ -1,10 +1,11 @@
 """At full rank every scheme computes the original convolution, whatever its geometry."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -64,7 +65,7 @@ def test_replaced_network_computes_the_same(scheme_name, conv):
     scheme = find_scheme(scheme_name)
     candidate = Candidate(scheme_name, scheme.design(site.spec, FULL_RANK), macs=0, params=0)
     converted = copy.deepcopy(net)
-    module, transfer = transfer_layer(net, converted, site, candidate, lambda: [], "data-free")
+    module, transfer = transfer_layer(net, converted, site, candidate, list, "data-free")
     replace_modules(converted, {"0": module})
     assert converted[0] is module
     assert relative_error(converted(x), net(x)) < TOLERANCE
@@ -136,6 +137,6 @@ def test_error_never_rises_with_rank(scheme_name, options, conv):
     errors = []
     for option in options:
         candidate = Candidate(scheme_name, scheme.design(site.spec, option), macs=0, params=0)
-        errors.append(transfer_layer(net, net, site, candidate, lambda: [], "data-free")[1].kernel_error)
-    assert all(after <= before + 1e-6 for before, after in zip(errors, errors[1:], strict=False))
+        errors.append(transfer_layer(net, net, site, candidate, list, "data-free")[1].kernel_error)
+    assert all(after <= before + 1e-6 for before, after in itertools.pairwise(errors))
     assert errors[-1] < TOLERANCE

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from sepdeploy.models import train_digits
 from sepdeploy.models.digits import digits_cnn, load_images
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sepdeploy.models import resnet_cifar
 from torch import Tensor, nn
+
+from sepdeploy.models import resnet_cifar
 
 SHARED = Path(__file__).parents[3].parent / "shared"
 CHECKPOINTS = {

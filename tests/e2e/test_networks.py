@@ -1,0 +1,130 @@
+"""Networks of all kinds through the whole pipeline, from Python, each to ONNX."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import sepdeploy
+from sepdeploy.core.plan import Reason
+from sepdeploy.core.report import Report
+from sepdeploy.data.images import open_images
+from sepdeploy.errors import UnsupportedModelError
+
+def check_file(report: Report, options, images: str, preprocess=None) -> list[np.ndarray]:
+    """The bundle's ONNX file computes what the bundle's network computes; returns its outputs."""
+    batch, _ = next(open_images(images, role="validation", preprocess=preprocess).batches(8))
+    network = sepdeploy.load(options.output_folder)
+    with torch.no_grad():
+        outputs = network(torch.from_numpy(batch.copy()))
+    expected = list(outputs.values()) if isinstance(outputs, dict) else [outputs]
+    session = onnxruntime.InferenceSession(options.output_folder / "model.onnx", providers=["CPUExecutionProvider"])
+    per_image = [session.run(None, {"input": image[None]}) for image in batch]
+    found = [np.concatenate(values) for values in zip(*per_image, strict=True)]
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=1e-4)
+    assert report.original.convs == len(report.plan.replaced) + len(report.plan.kept)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "basis", "replaced"),
+    [
+        ("Flattened", "agreement", 1),  # flattens with view(x.size(0), -1)
+        ("TwoOutputs", "agreement", 3),
+        ("Segmenter", "relative error", 2),  # 4-D output, behind a 1x1 stem
+    ],
+)
+def test_convert(workplace, name, basis, replaced):
+    options = workplace.options(name)
+    report = sepdeploy.convert(options)
+    assert report.converted_quality.drop_basis == basis
+    assert report.converted_quality.accuracy_ratio is None
+    assert 0 < report.converted_quality.relative_error < 1
+    assert len(report.plan.replaced) == replaced
+    assert any("were held out" in note for note in report.notes)
+    check_file(report, options, workplace.images())
+
+
+def test_channels_last_network(workplace):
+    from sepdeploy.data.preprocess import read_preprocess
+
+    path = workplace.folder / "nhwc.toml"
+    path.write_text('layout = "NHWC"\n')
+    options = workplace.options("ChannelsLast", preprocess=path)
+    report = sepdeploy.convert(options)
+    assert report.input_shape == (1, 16, 16, 3)
+    check_file(report, options, workplace.images(), read_preprocess(path))
+
+
+def test_in_place_network_on_grey_images(workplace):
+    # A grey batch is contiguous in every layout, so nothing but a copy keeps such a network off the shared images.
+    images = workplace.images(channels=1)
+    options = workplace.options("grey", calibration=images, validation=images)
+    report = sepdeploy.convert(options)
+    check_file(report, options, images)
+    for result in report.artifacts:
+        if result.artifact.precision.value == "float32" and result.artifact.role.value == "original":
+            assert result.quality.agreement_ratio == 1
+            assert result.quality.relative_error < 1e-5
+
+
+def test_half_precision_checkpoint_of_a_regression_network_and_dense_scheme(workplace):
+    model = workplace.checkpoint("regressor", torch.float16)
+    options = workplace.options("regressor", model=model, scheme="dense")
+    report = sepdeploy.convert(options)
+    assert report.is_success
+    assert report.plan.replaced == {}
+    assert {kept.reason for kept in report.plan.kept.values()} == {Reason.SCHEME_IS_DENSE}
+    assert any("float16 weights were converted" in note for note in report.notes)
+    assert report.original_quality.drop_basis == "relative error"
+    assert report.original_quality.agreement_ratio is None
+    check_file(report, options, workplace.images())
+
+
+def test_nothing_to_replace_is_no_success_and_says_why(workplace):
+    options = workplace.options("AllPointwise", max_drop_points=1.0)
+    report = sepdeploy.convert(options)
+    assert not report.is_success
+    (failed,) = (check for check in report.checks if not check.is_met)
+    assert failed.name == "speed"
+    assert "no convolution could be replaced" in failed.sentence
+    plan = json.loads((options.output_folder / "plan.json").read_bytes())
+    assert plan["decisions"][0]["outcome"]["reason"] == Reason.POINTWISE.value
+    check_file(report, options, workplace.images())
+
+
+def test_spatial_scheme_and_a_class_order_that_does_not_fit(workplace):
+    images = workplace.images(labels="Classifier")
+    wrong = workplace.folder / "rotated.npz"
+    with np.load(images) as arrays:
+        np.savez(wrong, images=arrays["images"], labels=(arrays["labels"] + 1) % 4)
+    options = workplace.options(
+        "Classifier", calibration=images, validation=str(wrong), scheme="spatial_separable",
+        output=workplace.folder / "spatial",
+    )  # fmt: skip
+    report = sepdeploy.convert(options)
+    assert {candidate.scheme for candidate in report.plan.replaced.values()} == {"spatial_separable"}
+    assert report.original_quality.accuracy_ratio == 0
+    assert any("about chance for 4 classes" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ReturnsNan", "returns NaN"),
+        ("Dynamic", "cannot be exported to ONNX"),
+        ("SingleImages", "not on 32 at once"),
+        ("MixesImages", r"shape \(1, 4\) for 32 images"),
+    ],
+)
+def test_refused_networks_leave_nothing_that_looks_finished(workplace, name, message):
+    options = workplace.options(name)
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        sepdeploy.convert(options)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in options.output_folder.rglob("*") if path.name[:1] == "." or ".tmp" in path.name] == []
+    assert not {path.name for path in options.output_folder.iterdir()} - {"work", "original"}

@@ -1,0 +1,285 @@
+"""What the worst users do at the command line: one sentence, the right exit code, nothing left behind."""
+
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sepdeploy.cli.main import run
+
+ROOT = Path(__file__).parents[2]
+DIGITS = str(ROOT / "models" / "digits.pt")
+ARCH = "models.digits:digits_cnn"
+MANIFEST = "calibration/digits.toml"
+
+NETWORKS = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=4, channels=3, kernel=3):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv = nn.Conv2d(8, 16, kernel)
+        self.linear = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        return self.linear(self.conv(self.stem(x)).relu().mean((2, 3)))
+
+def wide_kernel():
+    return Net(kernel=9)
+
+def fails():
+    raise ValueError("no such\\nfactory")
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working directory: nets.py, net.pt, wide.pt, images.npz."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(textwrap.dedent(NETWORKS))
+    names: dict = {}
+    exec(NETWORKS, names)
+    torch.manual_seed(0)
+    torch.save(names["Net"]().state_dict(), "net.pt")
+    torch.save(names["wide_kernel"]().state_dict(), "wide.pt")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (32, 16, 16, 3), np.uint8)
+    np.savez("images.npz", images=images, labels=rng.integers(0, 4, 32))
+    return tmp_path
+
+
+def convert(*arguments, model="net.pt", arch="nets.py:Net", calibration="images.npz", output="out"):
+    return [
+        "convert", str(model), "--arch", arch, "--calibration", str(calibration), "--output", str(output),
+        "--formats", "onnx", *arguments,
+    ]  # fmt: skip
+
+
+def refusal(capfd, arguments, code) -> str:
+    """The one sentence on standard error; standard output is empty."""
+    assert run(arguments) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    lines = err.splitlines()
+    if lines[0].startswith("Usage: "):  # click's way: how to call it, and the sentence
+        assert lines[-1].startswith("Error: ")
+        return lines[-1].removeprefix("Error: ")
+    assert len(lines) == 1, err
+    assert lines[0].startswith("sepdeploy: ")
+    return lines[0].removeprefix("sepdeploy: ")
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def write_bad_model(kind: str) -> str:
+    good = torch.load("net.pt", weights_only=True)
+    if kind == "corrupt":
+        Path("bad.pt").write_bytes(Path("net.pt").read_bytes()[:2000])
+    elif kind == "malicious":
+        Path("bad.pt").write_bytes(pickle.dumps({"state_dict": RunsCode()}))
+    elif kind == "incomplete":
+        del good["conv.weight"], good["linear.bias"]
+        torch.save({**good, "extra.weight": torch.zeros(1)}, "bad.pt")
+    elif kind == "ten classes":
+        torch.save({**good, "linear.weight": torch.zeros(10, 16), "linear.bias": torch.zeros(10)}, "bad.pt")
+    elif kind == "nan":
+        good["conv.weight"][0, 0, 0, 0] = float("nan")
+        torch.save(good, "bad.pt")
+    elif kind == "folder":
+        Path("bad.pt").mkdir()
+    return "bad.pt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "parts"),
+    [
+        ("missing", 2, ["bad.pt", "No such file"]),
+        ("folder", 2, ["bad.pt is a folder"]),
+        ("corrupt", 2, ["bad.pt", "damaged"]),
+        ("malicious", 5, ["bad.pt", "would run code"]),
+        ("incomplete", 2, ["2 missing (conv.weight, linear.bias)", "1 unexpected (extra.weight)"]),
+        ("ten classes", 2, ["nets.py:Net(num_classes=10)"]),
+        ("nan", 3, ["NaN", "check its weights"]),
+    ],
+)
+def test_models(place, capfd, kind, code, parts):
+    message = refusal(capfd, convert(model=write_bad_model(kind)), code)
+    for part in parts:
+        assert part in message
+    assert not (place / "executed").exists()
+    assert not (place / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arch", "code", "part"),
+    [
+        ("nets.py", 2, "nets.py"),
+        ("nets.py:Missing", 2, "Missing"),
+        ("none.py:Net", 2, "none.py"),
+        ("nets.py:fails", 2, "no such"),
+        ("no_such_package.models:Net", 2, "no_such_package"),
+        ("models.resnet_cifar:resnet20", 2, "another architecture"),
+        ("nets.py:Net(channels=1)", 2, "3 input channels"),
+    ],
+)
+def test_architectures(place, capfd, arch, code, part):
+    assert part in refusal(capfd, convert(arch=arch), code)
+    assert not (place / "out").exists()
+
+
+def test_input_too_small_for_the_network(place, capfd):
+    message = refusal(
+        capfd, convert("--input-shape", "3,8,8", model="wide.pt", arch="nets.py:wide_kernel"), 2
+    )
+    assert "does not run on an input of shape (1, 3, 8, 8)" in message
+    assert "--input-shape" in message
+
+
+def test_input_with_other_channels(place, capfd):
+    assert "1" in refusal(capfd, convert("--input-shape", "1,16,16"), 2)
+    assert "color RGB has 3 channels, but the network takes 5" in refusal(
+        capfd, convert("--input-shape", "5,16,16"), 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--scheme", "spatial_separable", "--terms", "2"], "--terms belongs to --scheme depthwise_separable"),
+        (["--rank-ratio", "0.5"], "--rank-ratio belongs to --scheme spatial_separable"),
+        (["--rank-ratio", "nan", "--scheme", "spatial_separable"], "rank-ratio"),
+        (["--target", "litert"], "--target litert runs tflite files, which --formats leaves out"),
+        (["--formats", "onnx,coreml"], "onnx, tflite"),
+        (["--formats", ","], "onnx, tflite"),
+        (["--max-drop", "nan"], "--max-drop"),
+        (["--max-drop", "101"], "--max-drop"),
+        (["--max-drop", "-1"], "--max-drop"),
+        (["--input-shape", "3,16"], "C,H,W"),
+        (["--input-shape", "3,0,16"], "below 1"),
+        (["--scheme", "magic"], "magic"),
+        (["--seed", "-1"], "--seed"),
+        (["--threads", "0"], "--threads"),
+        (["--preprocess", "none.toml"], "none.toml"),
+        (["--no-such-option"], "--no-such-option"),
+        (["--validation", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_options(place, capfd, arguments, part):
+    assert part in refusal(capfd, convert(*arguments), 2)
+    assert not (place / "out").exists()
+
+
+def test_json_has_the_error_on_standard_output(place, capfd):
+    for arguments, code in ((["--json"], 2), (["--json", "--terms", "x"], 2)):
+        assert run(convert(*arguments, model="none.pt")) == code
+        out, err = capfd.readouterr()
+        error = json.loads(out)["error"]
+        assert error["exit_code"] == code
+        assert error["message"] in err
+        assert error["type"] == "UsageError"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("empty", "holds no images"), ("one.png", "is not a folder"), ("labels.npz", "label 7 is no class")],
+)
+def test_images(place, capfd, name, part):
+    (place / "empty").mkdir()
+    Image.new("RGB", (16, 16)).save("one.png")
+    np.savez("labels.npz", images=np.zeros((16, 16, 16, 3), np.uint8), labels=np.full(16, 7))
+    assert part in refusal(capfd, convert(calibration=name), 2)
+    assert not (place / "out" / "manifest.json").exists()
+
+
+def test_too_few_images_to_hold_some_out(place, capfd):
+    np.savez("three.npz", images=np.zeros((3, 16, 16, 3), np.uint8))
+    assert "too few to hold some out" in refusal(capfd, convert(calibration="three.npz"), 2)
+
+
+def test_unreadable_images_are_skipped_counted_and_named(place, capfd):
+    rng = np.random.default_rng(0)
+    (place / "photos").mkdir()
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(f"photos/{i:02}.png")
+    (place / "photos" / "empty.png").write_bytes(b"")
+    (place / "photos" / "cut.png").write_bytes((place / "photos" / "03.png").read_bytes()[:200])
+    # Unlabelled on top: agreement with the original takes the place of accuracy.
+    assert run([*convert(calibration="photos"), "--validation", "photos", "--max-drop", "100", "--json"]) in (0, 1)
+    report = json.loads(capfd.readouterr().out)
+    assert report["calibration"]["images"] == report["validation"]["images"] == 20
+    assert sorted(report["validation"]["skipped"]) == ["cut.png", "empty.png"]
+    (note,) = (note for note in report["notes"] if "cannot be read" in note)
+    assert note.startswith("2 files in photos")
+    assert "cut.png" in note
+    assert report["validation"]["is_labelled"] is False
+    assert report["converted_quality"]["drop_basis"] == "agreement"
+    assert report["converted_quality"]["accuracy_ratio"] is None
+
+
+def test_output_with_other_files_is_left_alone(place, capfd):
+    (place / "mine").mkdir()
+    (place / "mine" / "thesis.txt").write_text("important")
+    assert "mine holds other files" in refusal(capfd, convert(output="mine"), 2)
+    assert "holds other files" in refusal(capfd, convert(output="."), 2)
+    assert [path.name for path in (place / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("output", ["net.pt", "net.pt/below", "/proc/sepdeploy", "/dev/null"])
+def test_output_that_cannot_be_a_folder(place, capfd, output):
+    before = (place / "net.pt").read_bytes()
+    assert "write" in refusal(capfd, convert(output=output), 2)
+    assert (place / "net.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("limit_bytes", [3000, 12000])
+def test_full_disk(place, limit_bytes):
+    """A limit on the size of a file fails like a full disk: 3000 bytes stop the weights, 12000 the export."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "sepdeploy", *convert()], preexec_fn=limit, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot write out/" in done.stderr
+    assert "free space" in done.stderr
+    assert list((place / "out").rglob(".*")) == []
+    assert not (place / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("none.onnx", None), ("bad.onnx", b"junk"), ("bad.tflite", b"junk"), ("net.pt", None), ("empty.tflite", b"")],
+)
+def test_bench(place, capfd, name, content):
+    if content is not None:
+        (place / name).write_bytes(content)
+    assert name in refusal(capfd, ["bench", name], 2)
+
+
+def test_inspect(place, capfd):
+    arguments = ["inspect", "net.pt", "--arch", "nets.py:Net", "--input-shape"]
+    assert "does not run on an input of shape (1, 5, 16, 16)" in refusal(capfd, [*arguments, "5,16,16"], 2)
+    assert "No such file" in refusal(capfd, ["inspect", "none.pt", "--arch", "nets.py:Net"], 2)
+
+
+def test_unknown_commands_and_none(capfd):
+    assert "frobnicate" in refusal(capfd, ["frobnicate"], 2)
+    assert "Missing argument" in refusal(capfd, ["convert"], 2)
+    assert run([]) == 2

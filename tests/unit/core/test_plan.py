@@ -1,0 +1,39 @@
+import pytest
+
+from sepdeploy.core.chain import Chain, ChainSum, Factor
+from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
+from sepdeploy.errors import UsageError
+
+CANDIDATE = Candidate("dense", ChainSum((Chain((Factor(4, 4, (1, 1)),)),)), 1, 1)
+
+
+def plan(*decisions):
+    return Plan("dense", SchemeOptions(), decisions)
+
+
+def test_views_keep_the_order_and_sum():
+    p = plan(
+        Decision("z", 1, 2, Replaced(CANDIDATE)),
+        Decision("a", 3, 4, Kept(Reason.POINTWISE)),
+        Decision("m", 5, 6, Replaced(CANDIDATE)),
+    )
+    assert list(p.replaced) == ["z", "m"]
+    assert list(p.kept) == ["a"]
+
+
+def test_other_outcome_changes_one_decision_only():
+    before = plan(Decision("a", 1, 2, Replaced(CANDIDATE)), Decision("b", 3, 4, Replaced(CANDIDATE)))
+    after = before.with_outcome("a", Kept(Reason.EXCEEDS_MAX_DROP, "2 points"))
+    assert after.decisions == (Decision("a", 1, 2, Kept(Reason.EXCEEDS_MAX_DROP, "2 points")), before.decisions[1])
+    assert list(before.replaced) == ["a", "b"]
+
+
+def test_a_name_twice():
+    with pytest.raises(UsageError, match="the plan decides twice about a"):
+        plan(Decision("a", 1, 1, Kept(Reason.POINTWISE)), Decision("a", 1, 1, Kept(Reason.DEPTHWISE)))
+
+
+def test_reasons_are_distinct_sentences():
+    assert len({reason.value for reason in Reason}) == len(Reason.__members__)  # equal values would merge members
+    assert all(reason.value[0].islower() or reason.value[0].isdigit() for reason in Reason)
+    assert not any(reason.value.endswith(".") for reason in Reason)
