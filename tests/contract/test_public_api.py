@@ -29,7 +29,9 @@ def test_unknown_names_are_attribute_errors():
 def test_signatures():
     assert list(inspect.signature(sepdeploy.convert).parameters) == ["options", "progress"]
     assert list(inspect.signature(sepdeploy.load).parameters) == ["bundle", "arch"]
-    required = [f.name for f in dataclasses.fields(ConvertOptions) if f.default is f.default_factory is dataclasses.MISSING]
+    required = [
+        f.name for f in dataclasses.fields(ConvertOptions) if f.default is f.default_factory is dataclasses.MISSING
+    ]
     assert required == ["model", "arch", "calibration"]
 
 

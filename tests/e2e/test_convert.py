@@ -225,7 +225,13 @@ def test_repeating_the_run_redoes_nothing(bundle, monkeypatch, brief_timing):
     monkeypatch.setattr(StageStore, "run", watched)
     before = {name: (bundle / name).stat().st_mtime_ns for name in hashes(bundle)}
     assert run([*OPTIONS, "--output", str(bundle)]) in (0, 1)
-    assert {name for name, _ in ran} >= {"trace", "plan", "guard", "export converted onnx", "quality converted.int8.tflite"}
+    assert {name for name, _ in ran} >= {
+        "trace",
+        "plan",
+        "guard",
+        "export converted onnx",
+        "quality converted.int8.tflite",
+    }
     assert [name for name, is_new in ran if is_new] == []
     assert {name: (bundle / name).stat().st_mtime_ns for name in before} == before
 

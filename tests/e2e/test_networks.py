@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import sepdeploy
+from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.plan import Reason
 from sepdeploy.core.report import Report
 from sepdeploy.data.images import open_images
 from sepdeploy.errors import UnsupportedModelError
+
 
 def check_file(report: Report, options, images: str, preprocess=None) -> list[np.ndarray]:
     """The bundle's ONNX file computes what the bundle's network computes; returns its outputs."""
@@ -110,6 +112,25 @@ def test_spatial_scheme_and_a_class_order_that_does_not_fit(workplace):
     assert {candidate.scheme for candidate in report.plan.replaced.values()} == {"spatial_separable"}
     assert report.original_quality.accuracy_ratio == 0
     assert any("about chance for 4 classes" in note for note in report.notes)
+
+
+def test_an_int8_file_that_breaks_the_limit_is_blamed_for_it(workplace):
+    images = workplace.images(count=128, labels="Outlier")
+    options = workplace.options(
+        "Outlier", calibration=images, validation=images, precision=Precision.INT8, max_drop_points=30.0
+    )
+    report = sepdeploy.convert(options)
+    assert not report.is_success
+    accuracy = report.checks[0]
+    assert accuracy.name == "accuracy"
+    assert not accuracy.is_met
+    assert "the limit is 30" in accuracy.sentence
+    assert "so the int8 file costs the rest: raise --max-drop, or use --precision float32" in accuracy.sentence
+    target = report.result(Format.ONNX, Precision.INT8, Role.CONVERTED)
+    assert target.quality.drop_points > 30
+    # The guard was told to leave room for the quantization before the report gave up.
+    assert report.converted_quality.drop_points < 30
+    assert report.max_drop_points == 30
 
 
 @pytest.mark.parametrize(

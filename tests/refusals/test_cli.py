@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import resource
 import subprocess
 import sys
 import textwrap
@@ -142,18 +141,14 @@ def test_architectures(place, capfd, arch, code, part):
 
 
 def test_input_too_small_for_the_network(place, capfd):
-    message = refusal(
-        capfd, convert("--input-shape", "3,8,8", model="wide.pt", arch="nets.py:wide_kernel"), 2
-    )
+    message = refusal(capfd, convert("--input-shape", "3,8,8", model="wide.pt", arch="nets.py:wide_kernel"), 2)
     assert "does not run on an input of shape (1, 3, 8, 8)" in message
     assert "--input-shape" in message
 
 
 def test_input_with_other_channels(place, capfd):
     assert "1" in refusal(capfd, convert("--input-shape", "1,16,16"), 2)
-    assert "color RGB has 3 channels, but the network takes 5" in refusal(
-        capfd, convert("--input-shape", "5,16,16"), 2
-    )
+    assert "color RGB has 3 channels, but the network takes 5" in refusal(capfd, convert("--input-shape", "5,16,16"), 2)
 
 
 @pytest.mark.parametrize(
@@ -249,12 +244,11 @@ def test_output_that_cannot_be_a_folder(place, capfd, output):
 def test_full_disk(place, limit_bytes):
     """A limit on the size of a file fails like a full disk: 3000 bytes stop the weights, 12000 the export."""
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "sepdeploy", *convert()], preexec_fn=limit, capture_output=True, text=True, timeout=120
+    code = (
+        "import resource, sys; from sepdeploy.cli.main import main\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); main(sys.argv[1:])"
     )
+    done = subprocess.run([sys.executable, "-c", code, *convert()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "cannot write out/" in done.stderr

@@ -16,7 +16,6 @@ from sepdeploy.planning.candidates import propose_plan
 from sepdeploy.planning.evaluate import Evaluator, tensor_batches
 from sepdeploy.planning.guard import guard_plan
 
-
 IMAGES = 600
 
 
@@ -54,7 +53,14 @@ class Case:
     def guard(self, limit, method="data-free", **options):
         """Mostly with the quick transfer: the guard's decisions are the same code for both."""
         return guard_plan(
-            self.net, self.trace, self.plan, self.batches, self.evaluator, max_drop_points=limit, method=method, **options
+            self.net,
+            self.trace,
+            self.plan,
+            self.batches,
+            self.evaluator,
+            max_drop_points=limit,
+            method=method,
+            **options,
         )
 
     def drop_on_all(self, net) -> float:
@@ -121,9 +127,9 @@ def test_original_is_untouched_and_an_empty_result_is_the_original(case):
     before = {name: value.clone() for name, value in case.net.state_dict().items()}
     case.plan = case.plan.with_outcome("2", Kept(Reason.NOT_CHEAPER))  # nothing left that is free
     guarded = case.guard(0.0)
-    if not guarded.plan.replaced:
-        x = torch.rand(4, 3, 6, 6)
-        assert torch.equal(guarded.network(x), case.net(x))
+    assert guarded.plan.replaced == {}
+    x = torch.rand(4, 3, 6, 6)
+    assert torch.equal(guarded.network(x), case.net(x))
     assert all(torch.equal(value, before[name]) for name, value in case.net.state_dict().items())
 
 
