@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.conv import Trace
+from sepdeploy.core.files import sha256_of_file, write_text
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Candidate, Kept, Plan, SchemeOptions
 from sepdeploy.core.progress import Progress, Silent
@@ -20,7 +22,7 @@ from sepdeploy.loading.model import load_model
 from sepdeploy.planning.candidates import find_candidate
 from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channels_last
 from sepdeploy.schemes.scheme import SCHEMES, find_scheme
-from sepdeploy.stages.deploy import artifact_path, deploy, measure_latency, measure_quality
+from sepdeploy.stages.deploy import artifact_path, deploy, measure_latency, measure_quality, versions
 from sepdeploy.stages.guard import GuardRecord, propose, run_guard, trace
 from sepdeploy.stages.load import Inputs, load_inputs
 from sepdeploy.stages.report import make_report, target_result, write_bundle
@@ -69,7 +71,10 @@ def _convert(
     progress.stage("running the original network on the validation images")
     original_quality = evaluator.original_quality()
     originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
-    limit = options.max_drop_points
+    limit_path = store.work / "limit.json"
+    limit_key = {**inputs.network_key(), **_guard_options(options, inputs)}
+    is_settled = store.is_current("limit", limit_key, (limit_path,))
+    limit = json.loads(limit_path.read_bytes()) if is_settled else options.max_drop_points
     for attempt in range(1 + _MAX_TIGHTENINGS):
         plan, network, guard = run_guard(
             store, options, inputs, traced, proposal, evaluator, batch_size, limit, progress
@@ -79,9 +84,8 @@ def _convert(
         if tighter is None or not plan.replaced or attempt == _MAX_TIGHTENINGS:
             break
         limit = tighter
-    results = [
-        measure_quality(store, r, inputs, evaluator, options.threads, progress) for r in (*originals, *converted)
-    ]
+    store.run("limit", limit_key, (limit_path,), lambda: write_text(limit_path, json.dumps(limit)))
+    results = [measure_quality(store, r, inputs, evaluator, options, progress) for r in (*originals, *converted)]
     results = measure_latency(results, options, progress)
     progress.stage("writing the report")
     report = make_report(options, inputs, traced, plan, network, guard, original_quality, results)
@@ -89,6 +93,21 @@ def _convert(
     _discard_other_formats(store.folder, options.formats)
     write_bundle(options, inputs, report)
     return report
+
+
+def _guard_options(options: ConvertOptions, inputs: Inputs) -> dict[str, object]:
+    """What the limit that the guard ends up with depends on, besides the network."""
+    return {
+        "scheme": options.scheme,
+        "options": repr(options.scheme_options),
+        "transfer": options.transfer,
+        "max_drop": options.max_drop_points,
+        "target": options.target,
+        "precision": options.precision.value,
+        "calibration": inputs.calibration.sha256,
+        "validation": inputs.validation.sha256,
+        "versions": versions(),
+    }
 
 
 def _deploy_converted(
@@ -101,12 +120,10 @@ def _deploy_converted(
     progress: Progress,
 ) -> list[ArtifactResult]:
     """The converted network's files, the target's with its quality."""
-    from sepdeploy.core.files import sha256_of_file
-
     weights = sha256_of_file(store.folder / "model.pt") + sha256_of_file(store.folder / "plan.json")
     results = deploy(store, options, inputs, traced, network, Role.CONVERTED, weights, progress)
     target = target_result(results, options, Role.CONVERTED)
-    measured = measure_quality(store, target, inputs, evaluator, options.threads, progress)
+    measured = measure_quality(store, target, inputs, evaluator, options, progress)
     return [measured if result is target else result for result in results]
 
 

@@ -1,5 +1,6 @@
 """Tiny networks that do what real ones do wrong: one factory each, reached through the fixture `make_net`."""
 
+import importlib.util
 import types
 import warnings
 
@@ -8,6 +9,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.nn.utils import parametrizations
+
+TOOLS = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "sklearn")
+"""Optional packages without which tests are skipped."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-tools", action="store_true", help=f"fail if one of {', '.join(TOOLS)} is missing")
+
+
+def pytest_configure(config):
+    missing = [name for name in TOOLS if importlib.util.find_spec(name) is None]
+    if missing and config.getoption("--require-tools"):
+        raise pytest.UsageError(
+            f"--require-tools: {', '.join(missing)} cannot be found; run pip install -e '.[tflite,test]'"
+        )
 
 
 class Net(nn.Module):

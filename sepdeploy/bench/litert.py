@@ -41,6 +41,7 @@ class LitertSession:
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"LiteRT cannot load {path}: {first_line(error)}") from error
         self.path = path
+        self._threads = threads
         self._is_channels_last = is_channels_last
         self._inputs: list[dict[str, Any]] = self._interpreter.get_input_details()
         self._outputs = _ordered_outputs(self._interpreter)
@@ -74,6 +75,10 @@ class LitertSession:
     def run_once(self) -> None:
         """Run the network on what is in the input tensors."""
         self._interpreter.invoke()
+
+    def reopen(self) -> LitertSession:
+        """Load the file once more; see `Session.reopen`."""
+        return LitertSession(self.path, threads=self._threads, is_channels_last=self._is_channels_last)
 
     def _invoke(self) -> None:
         try:

@@ -58,6 +58,7 @@ class OrtSession:
         except Exception as error:  # its exceptions share no base class
             raise UsageError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
         self.path = path
+        self._threads = threads
         self.runtime = f"onnxruntime {onnxruntime.__version__}"
         self._inputs = [
             (value.name, _static_shape(path, value), _dtype(path, value)) for value in _inputs(self._session)
@@ -104,6 +105,10 @@ class OrtSession:
     def run_once(self) -> None:
         """Run the network on the inputs that `set_random_input` bound."""
         self._session.run_with_iobinding(self._binding)
+
+    def reopen(self) -> OrtSession:
+        """Load the file once more; see `Session.reopen`."""
+        return OrtSession(self.path, threads=self._threads)
 
     def _run_error(self, error: Exception) -> ToolError:
         return ToolError(f"onnxruntime fails to run {self.path}: {first_line(error)}")

@@ -53,6 +53,14 @@ class Session(Protocol):
         """Run the network on the input that was set, without conversions; what is timed."""
         ...
 
+    def reopen(self) -> Session:
+        """Load the file once more with the same settings, into a session that shares nothing with this one.
+
+        Raises:
+            UsageError: if the file is gone or damaged by now.
+        """
+        ...
+
 
 def open_session(path: Path, *, threads: int = 1, is_channels_last: bool = False) -> Session:
     """Load the ONNX or TFLite file at `path` into its runtime.

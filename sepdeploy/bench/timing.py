@@ -3,6 +3,10 @@
 Clock frequency, caches and other processes change over seconds, so files that are measured one after the other are not
 comparable. Here every round runs every file once, in an order that changes from round to round, and speed-ups are
 ratios within a round.
+
+Rounds that share a loaded file are not independent: where its weights and buffers happen to lie in memory makes it a
+little faster or slower for as long as it stays loaded. So the rounds come in blocks with files loaded anew, and what an
+interval is made of are the blocks.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from sepdeploy.errors import UsageError
 
 __all__ = ["balanced_orders", "measure", "median_interval"]
 
-_MIN_ROUNDS = 20
-_MAX_ROUNDS = 1000
+_BLOCKS = 6  # the fewest whose range encloses the median with at least 95% confidence
+_MIN_BLOCK_ROUNDS = 4
+_MAX_BLOCK_ROUNDS = 1000 // _BLOCKS
 _MIN_BURST_NS = 200_000  # the clock's grain and the cost of reading it stay below 0.1 % of this
 
 
@@ -40,16 +45,21 @@ def measure(
 ) -> dict[str, Latency]:
     """Latency of each session, from interleaved rounds on random inputs.
 
-    After the warm-up, each round runs every session once, or a short burst of times if one run takes less than 0.2 ms;
-    the order follows a balanced Latin square. Rounds go on until they have taken `seconds` per session, but for at
-    least 20 and at most 1000. Python's garbage collector is off meanwhile.
+    The work is cut into six blocks: the first uses `sessions`, every other one reopens them, so that an accident of
+    how a file lies in memory counts once. In each block, after the warm-up, each round runs every session once, or a
+    short burst of times if one run takes less than 0.2 ms; the order follows a balanced Latin square. The rounds of a
+    block go on until they have taken `seconds` / 6 per session, but for at least 4 and at most 166. Python's garbage
+    collector is off meanwhile.
+
+    Times are pooled over all rounds. The speed-up of a block is the median of the ratios within its rounds;
+    `Latency.speedup` is the median of the six, and their smallest and largest are its interval.
 
     Args:
         sessions: Name -> session, at least one; all were opened with `threads` threads.
         reference: Name of the session that `Latency.speedup` is relative to; None for no speed-ups.
         threads: Threads of the runtimes, for the record.
-        seconds: Time to spend per session, positive.
-        warmup: Runs of each session before the first round, at least 1.
+        seconds: Time to spend per session in all, positive.
+        warmup: Runs of each session before the first round of each block, at least 1.
         seed: Seed of the random inputs.
         clock: Monotonic time in nanoseconds.
 
@@ -57,7 +67,8 @@ def measure(
         One `Latency` per session, in the same order.
 
     Raises:
-        UsageError: if there is no session, `reference` is not one of them, or a number is outside its range.
+        UsageError: if there is no session, `reference` is not one of them, a number is outside its range, or a file
+            cannot be loaded again.
         ToolError: if a session fails to run.
     """
     if not sessions or seconds <= 0 or warmup < 1:
@@ -67,16 +78,14 @@ def measure(
         )
     if reference is not None and reference not in sessions:
         raise UsageError(f"the reference '{reference}' is not among the timed files: {', '.join(sessions)}")
-    for session in sessions.values():
-        session.set_random_input(seed)
     with _collector_off():
-        bursts = [_burst(session, warmup, clock) for session in sessions.values()]
-        rounds_ns = _timed_rounds(list(sessions.values()), bursts, seconds, clock)
+        blocks_ns = _timed_blocks(list(sessions.values()), seconds, warmup, seed, clock)
+    names = list(sessions)
     return {
         name: _latency(
             session,
-            rounds_ns[:, i],
-            None if reference in (None, name) else rounds_ns[:, list(sessions).index(reference)],
+            [block[:, i] for block in blocks_ns],
+            None if reference in (None, name) else [block[:, names.index(reference)] for block in blocks_ns],
             warmup=warmup,
             threads=threads,
         )
@@ -146,6 +155,33 @@ def _run_ns(session: Session, runs: int, clock: Callable[[], int]) -> int:
     return clock() - start
 
 
+def _timed_blocks(
+    sessions: list[Session], seconds: float, warmup: int, seed: int, clock: Callable[[], int]
+) -> list[np.ndarray]:
+    """Nanoseconds per run in each block, (rounds, sessions) float64."""
+    orders = balanced_orders(len(sessions))
+    blocks = []
+    for block in range(_BLOCKS):
+        # Who is loaded first may get the better place in memory, so that changes from block to block as well.
+        order = orders[block % len(orders)]
+        if block > 0:
+            sessions = _reopened(sessions, order)
+        bursts = [1] * len(sessions)
+        for i in order:
+            sessions[i].set_random_input(seed)
+            bursts[i] = _burst(sessions[i], warmup, clock)
+        blocks.append(_timed_rounds(sessions, bursts, seconds / _BLOCKS, clock))
+    return blocks
+
+
+def _reopened(sessions: Sequence[Session], order: Sequence[int]) -> list[Session]:
+    """Fresh sessions of the same files; the old ones stay until all are open, so that none inherits its place."""
+    fresh = list(sessions)
+    for i in order:
+        fresh[i] = sessions[i].reopen()
+    return fresh
+
+
 def _timed_rounds(
     sessions: Sequence[Session], bursts: Sequence[int], seconds: float, clock: Callable[[], int]
 ) -> np.ndarray:
@@ -154,7 +190,7 @@ def _timed_rounds(
     budget_ns = seconds * len(sessions) * 1e9
     spent_ns = 0
     rounds: list[list[float]] = []
-    while len(rounds) < _MIN_ROUNDS or (spent_ns < budget_ns and len(rounds) < _MAX_ROUNDS):
+    while len(rounds) < _MIN_BLOCK_ROUNDS or (spent_ns < budget_ns and len(rounds) < _MAX_BLOCK_ROUNDS):
         times = [0.0] * len(sessions)
         for i in orders[len(rounds) % len(orders)]:
             burst_ns = _run_ns(sessions[i], bursts[i], clock)
@@ -165,14 +201,19 @@ def _timed_rounds(
 
 
 def _latency(
-    session: Session, times_ns: np.ndarray, reference_ns: np.ndarray | None, *, warmup: int, threads: int
+    session: Session,
+    blocks_ns: Sequence[np.ndarray],
+    reference_ns: Sequence[np.ndarray] | None,
+    *,
+    warmup: int,
+    threads: int,
 ) -> Latency:
-    times_ms = times_ns / 1e6
+    times_ms = np.concatenate(blocks_ns) / 1e6
     speedup = low = high = None
     if reference_ns is not None:
-        ratios = reference_ns / times_ns
-        speedup = float(np.median(ratios))
-        low, high = median_interval(ratios)
+        speedups = [float(np.median(ref / own)) for ref, own in zip(reference_ns, blocks_ns, strict=True)]
+        speedup = float(np.median(speedups))
+        low, high = median_interval(speedups)
     p10, p90 = np.percentile(times_ms, (10, 90))
     return Latency(
         median_ms=float(np.median(times_ms)),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 import click
 
 from sepdeploy.cli.parameters import CommaList, Shape, print_tables, shown_progress
+from sepdeploy.schemes.scheme import SCHEMES
 
 __all__ = ["command"]
-
-_SCHEMES = ("depthwise_separable", "spatial_separable", "dense")
 
 
 @click.command(short_help="Convert a trained network into a smaller, faster one, with proof.")
@@ -26,7 +24,7 @@ _SCHEMES = ("depthwise_separable", "spatial_separable", "dense")
 @click.option("--preprocess", metavar="FILE.toml", type=click.Path(path_type=Path),
               help="size, mean, std, color, layout; calibration/imagenet.toml is built in.")  # fmt: skip
 @click.option("--input-shape", type=Shape(), help="Input of the network; default: the images' own size.")
-@click.option("--scheme", default="depthwise_separable", show_default=True, type=click.Choice(_SCHEMES),
+@click.option("--scheme", default="depthwise_separable", show_default=True, type=click.Choice(tuple(SCHEMES)),
               help="What convolutions become.")  # fmt: skip
 @click.option("--terms", type=click.IntRange(min=1), metavar="T", help="Depthwise-separable pairs per convolution "
               "(default 2).")  # fmt: skip
@@ -108,7 +106,7 @@ def command(
         threads=threads,
         seed=seed,
         output=output,
-        command=shlex.join(["sepdeploy", *sys.argv[1:]]),
+        command=shlex.join(["sepdeploy", *click.get_current_context().obj]),
     )
     with shown_progress(is_quiet=as_json) as progress:
         from sepdeploy.pipeline import convert  # torch: only when there is something to do

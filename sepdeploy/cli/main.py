@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     is_json = "--json" in arguments
     try:
-        result = program.main(arguments, prog_name="sepdeploy", standalone_mode=False)
+        result = program.main(arguments, prog_name="sepdeploy", standalone_mode=False, obj=tuple(arguments))
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         return _stopped()
@@ -98,7 +98,8 @@ def _as_ours(error: Exception) -> SepdeployError:
     if isinstance(error, OSError):
         place = f" {error.filename}" if error.filename else ""
         return UsageError(f"cannot use{place}: {error.strerror or error}")
-    if isinstance(error, MemoryError):
+    is_torch_out_of_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or is_torch_out_of_memory:
         return UsageError("out of memory; use fewer --calibration-images or a smaller --input-shape")
     return ContractError(
         f"a bug in sepdeploy: {type(error).__name__}: {error}; run again with --debug and report what it prints"

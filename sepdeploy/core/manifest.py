@@ -28,7 +28,7 @@ class ArchitectureSource:
     Attributes:
         spec: As given with --arch.
         path: The file of a `file.py:factory` spec, absolute; None for importable modules.
-        sha256: Hash of that file when the bundle was made.
+        sha256: Hash of the file that the factory is in, when the bundle was made; None if there is no such file.
     """
 
     spec: str

@@ -46,13 +46,14 @@ class Latency:
         p10_ms: 10th percentile.
         p90_ms: 90th percentile: with `p10_ms` the spread.
         repeats: Timed runs.
-        warmup: Runs before the first timed one.
+        warmup: Runs before the first timed one, each time that the file was loaded.
         method: How the time came about.
         environment: Machine, runtime and threads.
         artifact_sha256: Hash of the file.
-        speedup: Median over the rounds of the reference's time / this time in the same round; None for the reference.
-        speedup_low: Lower end of the 95% interval of `speedup` (sign test on the rounds).
-        speedup_high: Upper end of it.
+        speedup: Median over six blocks, each with files loaded anew, of the block's median of the reference's time /
+            this time in the same round; None for the reference.
+        speedup_low: Lower end of the 95% interval of `speedup` (sign test on the blocks): the smallest of the six.
+        speedup_high: Upper end of it: the largest.
     """
 
     median_ms: float

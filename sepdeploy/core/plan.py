@@ -33,6 +33,7 @@ class Reason(Enum):
     NOT_CHEAPER = "the separable form needs at least as many multiply-accumulates"
     SCHEME_IS_DENSE = "the dense scheme replaces nothing"
     EXCEEDS_MAX_DROP = "replacing it breaks --max-drop"
+    NOT_TRIED = "the guard ended before its turn: the convolutions before it used up --max-drop"
     REPLACEMENT_FAILS = "the network does not run with it replaced"
 
 

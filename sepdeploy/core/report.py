@@ -60,10 +60,10 @@ class GuardStep:
     Attributes:
         added: Convolutions that this step added to the replaced set.
         replaced: Size of the replaced set with them.
-        drop_points: Measured drop of the network with them (Quality.drop_points); a lower bound if `is_partial`.
+        drop_points: Measured drop of the network with them (Quality.drop_points), on `images` images.
         images: Validation images evaluated before the verdict.
         is_accepted: Whether the set was kept.
-        is_partial: Whether the evaluation stopped early because the limit was clearly broken.
+        is_partial: Whether the evaluation stopped early because the limit was clearly broken or clearly held.
     """
 
     added: tuple[str, ...]

@@ -57,15 +57,18 @@ class StageStore:
         Returns:
             Whether the stage ran.
         """
-        key = sha256_of_bytes(json.dumps(inputs, sort_keys=True).encode())
-        record = self._records.get(name)
-        if record is not None and record.get("key") == key and record.get("files") == self._hashes(files):
+        if self.is_current(name, inputs, files):
             return False
         self._records.pop(name, None)
         make()
-        self._records[name] = {"key": key, "files": self._hashes(files)}
+        self._records[name] = {"key": _key(inputs), "files": self._hashes(files)}
         self._write()
         return True
+
+    def is_current(self, name: str, inputs: Mapping[str, object], files: tuple[Path, ...]) -> bool:
+        """Whether the stage need not run: its `files` are there, made by it from the same `inputs`."""
+        record = self._records.get(name)
+        return record is not None and record.get("key") == _key(inputs) and record.get("files") == self._hashes(files)
 
     def _hashes(self, files: tuple[Path, ...]) -> dict[str, str | None]:
         return {
@@ -81,6 +84,10 @@ class StageStore:
 
     def _write(self) -> None:
         write_text(self.work / _RECORD, json.dumps(self._records, indent=1) + "\n")
+
+
+def _key(inputs: Mapping[str, object]) -> str:
+    return sha256_of_bytes(json.dumps(inputs, sort_keys=True).encode())
 
 
 def require_usable(folder: Path) -> None:

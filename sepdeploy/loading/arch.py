@@ -40,7 +40,7 @@ class Architecture:
         spec: As the user gave it.
         module: The network, as the factory built it.
         source_path: The `.py` file of a file spec, as given; None for the others.
-        source_sha256: Hash of that file as it ran.
+        source_sha256: Hash of the module's own file; what it imports is not in it. None for timm.
     """
 
     spec: str
@@ -80,7 +80,14 @@ def build_architecture(spec: str) -> Architecture:
         raise UsageError(f"{place!r} in {spec!r} is neither a .py file nor the name of a module; give {_FORMS}")
     with _importable(Path.cwd()):
         module = _import_module(place)
-        return Architecture(spec, _call(spec, _find_factory(module, factory_name, place), arguments))
+        network = _call(spec, _find_factory(module, factory_name, place), arguments)
+        return Architecture(spec, network, None, _source_sha256(module))
+
+
+def _source_sha256(module: ModuleType) -> str | None:
+    """Hash of the file that a module came from; None for one without a file."""
+    path = Path(getattr(module, "__file__", None) or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _parse_arguments(spec: str, text: str) -> dict[str, Any]:

@@ -76,8 +76,7 @@ def _identify_zip(path: Path) -> FileKind:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise UsageError(f"{path} is damaged or incomplete ({error}); copy it again") from error
-    # Members lie in a folder that is named after the file.
-    inner = {name.partition("/")[2] for name in names} | set(names)
+    inner = _names_inside(names)
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
         raise UntrustedFileError(
             f"{path} is a TorchScript program, and loading it may run code; if you trust it, run "
@@ -98,6 +97,16 @@ def _identify_zip(path: Path) -> FileKind:
     if "config.json" in inner and any(name.endswith(".h5") for name in names):
         raise UsageError(f"{path} is a Keras file; {_EXPECTED}")
     raise UsageError(f"{path} is a zip archive without PyTorch weights; {_EXPECTED}")
+
+
+def _names_inside(names: list[str]) -> set[str]:
+    """Names of the members below the folder that holds them all, which PyTorch names after the file: it means nothing.
+
+    Without such a folder, as in exported programs of older versions, each name counts as it is and below its folder.
+    """
+    inner = {name.partition("/")[2] for name in names}
+    has_root = len({name.partition("/")[0] for name in names}) == 1 and all("/" in name for name in names)
+    return inner if has_root else inner | set(names)
 
 
 def _name_other(path: Path, head: bytes) -> str:

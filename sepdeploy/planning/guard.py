@@ -28,7 +28,7 @@ __all__ = ["GuardMemory", "Guarded", "guard_plan"]
 GuardMemory = MutableMapping[str, float | GuardStep]
 """What was measured already, by what: lets a killed run resume. Damages and steps only, no weights."""
 
-_FILL_TRIES = 6
+_FILL_TRIES = 3
 """Single convolutions tried behind the longest prefix, those of least damage first."""
 
 _DAMAGE_MACS = 2e11
@@ -90,8 +90,10 @@ def guard_plan(
     if max_drop_points is None or not candidates:
         return run.finish(candidates)
     if run.measure(candidates, candidates).is_accepted:
-        run.accepted = candidates
-        return run.finish_within_limit(candidates)
+        guarded = run.finish(candidates)
+        if guarded.quality.drop_points <= max_drop_points:
+            return guarded
+        run.steps = list(guarded.steps)  # an early acceptance that all images overruled
     damages = {name: run.damage(name) for name in candidates}
     saved = {name: trace.site(name).macs - plan.replaced[name].macs for name in candidates}
     order = sorted(candidates, key=lambda name: (damages[name] / saved[name], name))
@@ -120,6 +122,7 @@ class _Run:
         self.accepted: tuple[str, ...] = ()
         self.steps: list[GuardStep] = []
         self.details: dict[str, str] = {}
+        self.untried: set[str] = set()
         self._transfers: TransferMemory = {}
         self._full: dict[frozenset[str], Quality] = {frozenset(): evaluator.original_quality()}
 
@@ -194,9 +197,7 @@ class _Run:
         """Try the convolutions behind the prefix one by one."""
         for tries, name in enumerate(rest):
             if tries >= _FILL_TRIES:
-                self.details[name] = (
-                    f"not tried: {_FILL_TRIES} convolutions of less damage were, after which nothing more was added"
-                )
+                self.untried.add(name)
                 continue
             step = self.measure((*self.accepted, name), (name,))
             if step.is_accepted:
@@ -233,12 +234,17 @@ class _Run:
         others = f"{replaced - 1} others replaced, on {images} images"
         return f"{drop_points:.2f} points with it and {others}; the limit is {self.limit:g}"
 
+    def _kept(self, name: str) -> Kept:
+        if name in self.untried:
+            return Kept(Reason.NOT_TRIED, f"{_FILL_TRIES} convolutions of less damage alone came first")
+        return Kept(Reason.EXCEEDS_MAX_DROP, self.details.get(name, ""))
+
     def _plan_for(self, names: Sequence[str]) -> Plan:
         """The plan with only `names` replaced and the rest kept because of the limit."""
         plan = self.plan
         for name in self.plan.replaced:
             if name not in names:
-                plan = plan.with_outcome(name, Kept(Reason.EXCEEDS_MAX_DROP, self.details.get(name, "")))
+                plan = plan.with_outcome(name, self._kept(name))
         return plan
 
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 __all__ = ["factor_matrices"]
 
+_LEAST_ENERGY = 1e-4
+"""Share of the mean input energy below which a direction's outputs stay smaller than the others'."""
+
 _DAMPING = 1e-6  # of the mean eigenvalue: keeps the whitening finite for dead or constant inputs
 
 
@@ -23,33 +26,35 @@ def factor_matrices(matrices: Tensor, rank: int, moments: Tensor | None = None) 
 
     Returns:
         left: (B, n, rank), applied to the inputs first.
-        right: (B, rank, m). Both carry the square root of the singular values, so that their scales are balanced.
+        right: (B, rank, m).
+        Without moments both carry the square root of the singular values. With moments every left factor gives
+        outputs of the same energy, uncorrelated within a matrix: then no component cancels another, and one int8 scale
+        fits all middle channels.
     """
     work = matrices.double()
-    root = inverse_root = None
-    if moments is not None:
+    if moments is None:
+        u, s, vh = torch.linalg.svd(work, full_matrices=False)
+        scale = s[:, :rank].sqrt()
+        left, right = u[:, :, :rank] * scale[:, None, :], vh[:, :rank] * scale[:, :, None]
+    else:
         root, inverse_root = _square_roots(moments.double())
-        work = root @ work
-    u, s, vh = torch.linalg.svd(work, full_matrices=False)
-    scale = s[:, :rank].sqrt()
-    left = u[:, :, :rank] * scale[:, None, :]
-    right = vh[:, :rank] * scale[:, :, None]
-    if inverse_root is not None:
-        left = inverse_root @ left
-    # The whitening changes the lengths of the columns: balance them again.
-    norm_left, norm_right = left.norm(dim=1), right.norm(dim=2)
-    balance = torch.where((norm_left > 0) & (norm_right > 0), (norm_right / norm_left.clamp_min(1e-300)).sqrt(), 1.0)
-    left = left * balance[:, None, :]
-    right = right / balance[:, :, None]
+        u, s, vh = torch.linalg.svd(root @ work, full_matrices=False)
+        left, right = inverse_root @ u[:, :, :rank], vh[:, :rank] * s[:, :rank, None]
+        # Even outputs, but no amplifying of directions that the inputs hardly have: that would be rounding noise.
+        energy = (1 + _LEAST_ENERGY * left.square().sum(1)).sqrt()
+        left, right = left / energy[:, None, :], right * energy[:, :, None]
     return left.to(matrices.dtype), right.to(matrices.dtype)
 
 
 def _square_roots(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and its inverse of each damped moment matrix, (B, n, n) each."""
+    """Symmetric square root and its inverse of each damped moment matrix, (B, n, n) each.
+
+    All matrices are divided by one number, the mean diagonal of the whole batch: their relative sizes stay.
+    """
     size = moments.shape[-1]
-    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moments.dtype).tiny)
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean().clamp_min(torch.finfo(moments.dtype).tiny)
     eye = torch.eye(size, dtype=moments.dtype)
-    values, vectors = torch.linalg.eigh(moments / mean[:, None, None] + _DAMPING * eye)
+    values, vectors = torch.linalg.eigh(moments / mean + _DAMPING * eye)
     values = values.clamp_min(_DAMPING)
     root = vectors * values.sqrt()[:, None, :] @ vectors.mT
     inverse = vectors * values.rsqrt()[:, None, :] @ vectors.mT

@@ -76,8 +76,6 @@ class ChainConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The equivalent dense kernel (O, I / groups, Kh, Kw); computed anew on each access, not a parameter."""
-        if any(isinstance(stage, Shuffle) for chain in self.form.terms for stage in chain.stages):
-            raise UsageError("the dense kernel of a chain with shuffles is not available")
         return compose_kernels(
             tuple(tuple(module.weight for module in term) for term in self.factor_modules()), self.form, self.groups
         )
@@ -132,7 +130,12 @@ def compose_kernels(weights: FactorWeights, form: ChainSum, groups: int) -> Tens
 
     Returns:
         (O, I / groups, Kh, Kw).
+
+    Raises:
+        UsageError: if there is a shuffle or no term.
     """
+    if any(isinstance(stage, Shuffle) for chain in form.terms for stage in chain.stages):
+        raise UsageError("the dense kernel of a chain with shuffles is not available")
     total: Tensor | None = None
     for term, chain in zip(weights, form.terms, strict=True):
         factors = chain.factors

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import io
+import pickle
 from pathlib import Path
 
 import torch
@@ -16,18 +16,17 @@ from sepdeploy.core.manifest import ArchitectureSource, Manifest
 from sepdeploy.core.plan import Plan
 from sepdeploy.errors import UsageError
 from sepdeploy.loading.arch import build_architecture
-from sepdeploy.loading.checkpoint import load_state_dict
-from sepdeploy.passes.replace_convs import replace_modules
+from sepdeploy.passes.replace_convs import copy_network, replace_modules
 from sepdeploy.schemes.module import ChainConv2d
 
-__all__ = ["load", "rebuild", "save_weights"]
+__all__ = ["load", "read_weights", "rebuild", "save_weights"]
 
 
 def load(bundle: str | Path, arch: str | None = None) -> nn.Module:
     """The converted network of a bundle, in eval mode and with its batch norms.
 
-    The architecture's Python code is run, as the bundle's manifest names it: load only bundles that you trust, or
-    name the architecture yourself. The weights are loaded without running anything.
+    The architecture's code is run as the bundle's manifest names it, and a manifest can name any Python function: load
+    only bundles that you trust, or name the architecture yourself. The weights are loaded without running anything.
 
     Args:
         bundle: The output folder of `sepdeploy convert`.
@@ -35,7 +34,6 @@ def load(bundle: str | Path, arch: str | None = None) -> nn.Module:
 
     Raises:
         UsageError: if the folder is no finished bundle, a file changed, or the architecture does not fit.
-        UntrustedFileError: if model.pt is not a plain file of weights.
     """
     folder = Path(bundle)
     manifest_path = folder / "manifest.json"
@@ -50,7 +48,7 @@ def load(bundle: str | Path, arch: str | None = None) -> nn.Module:
             raise UsageError(f"{path} is missing or not the file that {manifest_path} lists; convert again")
     plan = read_json(Plan, folder / "plan.json")
     network = build_architecture(arch or _recorded_spec(manifest.arch)).module
-    return rebuild(network, plan, load_state_dict(folder / "model.pt").tensors)
+    return rebuild(network, plan, read_weights(folder / "model.pt"))
 
 
 def rebuild(network: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> nn.Module:
@@ -64,7 +62,7 @@ def rebuild(network: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> nn.Mo
     Raises:
         UsageError: if they do not belong together.
     """
-    network = copy.deepcopy(network).float().cpu()
+    network = copy_network(network).float().cpu()
     modules = dict(network.named_modules(remove_duplicate=False))
     for name, candidate in plan.replaced.items():
         conv = modules.get(name)
@@ -73,10 +71,14 @@ def rebuild(network: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> nn.Mo
         has_bias = any(key.startswith(f"{name}.") and key.endswith(".bias") for key in weights)
         replace_modules(network, {name: ChainConv2d(candidate.form, conv_spec(conv), bias=has_bias)})
     try:
-        network.load_state_dict(weights)
+        missing, unexpected = network.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise UsageError(f"the bundle's weights do not fit the architecture: {lines[-1].strip()}") from error
+    # Extra state is no tensor: the architecture builds it, and model.pt leaves it out.
+    wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
+    if wrong:
+        raise UsageError(f"the bundle's weights do not fit the architecture: {len(wrong)} names differ, as {wrong[0]}")
     return network.eval()
 
 
@@ -87,8 +89,24 @@ def save_weights(path: Path, network: nn.Module) -> None:
         UsageError: if the file cannot be written.
     """
     buffer = io.BytesIO()  # a path would put the file's own name into the archive
-    torch.save({name: value.contiguous() for name, value in network.state_dict().items()}, buffer)
+    state = network.state_dict().items()
+    torch.save({name: value.contiguous() for name, value in state if isinstance(value, Tensor)}, buffer)
     write_bytes(path, buffer.getvalue())
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read what `save_weights` wrote, name by name as it is: no prefix is guessed away.
+
+    Raises:
+        UsageError: if the file is not one of those.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UsageError(f"{path} is not the file of weights that sepdeploy wrote; convert again") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UsageError(f"{path} is not the file of weights that sepdeploy wrote; convert again")
+    return weights
 
 
 def _recorded_spec(arch: ArchitectureSource) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sepdeploy.bench.accuracy import QualityMeter
+from sepdeploy.bench.environment import cpu_name
 from sepdeploy.bench.session import open_session
 from sepdeploy.bench.timing import measure
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
@@ -20,21 +21,29 @@ from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import replacing
 from sepdeploy.core.measurement import Quality
-from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.options import TARGETS, ConvertOptions
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import ArtifactResult
 from sepdeploy.core.stage_store import StageStore
-from sepdeploy.errors import ContractError, ToolError
+from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError
 from sepdeploy.passes.fold_batchnorm import fold_batchnorm
+from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import Evaluator, run_network
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.stages.load import Inputs
+from sepdeploy.version import __version__
 
 __all__ = ["artifact_path", "deploy", "fold_network", "measure_latency", "measure_quality", "versions"]
 
 _NUMERIC_IMAGES = 64
 _NUMERIC_TOLERANCE = 1e-4
 """Largest difference between a float file and its PyTorch network, relative to the largest output."""
+
+_SMALLEST_RANGE = 1e-6 / _NUMERIC_TOLERANCE
+"""Outputs smaller than this count as this large: whatever they are, 1e-6 is rounding."""
+
+_OTHER_IMAGES = 2000
+"""Validation images for files that no promise is about."""
 
 _RANGE_IMAGES = 256
 """Calibration images for the int8 ranges: minima and maxima settle long before that."""
@@ -65,13 +74,20 @@ def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> nn.Mod
     """A copy with every batch norm folded that directly follows a convolution, checked on real images.
 
     Raises:
+        UnsupportedModelError: if the network's own outputs are NaN.
         ContractError: if the outputs change by more than rounding.
     """
-    folded: nn.Module = copy.deepcopy(network).eval()
+    folded: nn.Module = copy_network(network).eval()
     folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     fold_batchnorm(folded, {site.name: site.norm for site in traced.sites if site.norm is not None})
-    error = _largest_error(run_network(network, torch.from_numpy(batch)), run_network(folded, torch.from_numpy(batch)))
-    if error > _NUMERIC_TOLERANCE:
+    expected = run_network(network, torch.from_numpy(batch))
+    if any(np.isnan(output).any() for output in expected):
+        raise UnsupportedModelError(
+            "the network gives NaN on validation images, so nothing can be compared with it; check its weights and the "
+            "mean and std of the images"
+        )
+    error = _largest_error(expected, run_network(folded, torch.from_numpy(batch)))
+    if not error <= _NUMERIC_TOLERANCE:
         raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
     return folded
 
@@ -95,12 +111,7 @@ def deploy(
         transposes = file_format is Format.TFLITE and is_channels_last
         path = artifact_path(store.folder, file_format, Precision.FLOAT32, role)
         int8_path = artifact_path(store.folder, file_format, Precision.INT8, role)
-        key = {
-            "weights": weights_sha256,
-            "arch": inputs.architecture.sha256 or inputs.architecture.spec,
-            "versions": versions(),
-            "shape": list(traced.input_shape),
-        }
+        key = {**inputs.network_key(), "weights": weights_sha256, "versions": versions()}
 
         def export(path: Path = path, file_format: Format = file_format, transposes: bool = transposes) -> None:
             nonlocal folded
@@ -124,6 +135,7 @@ def deploy(
         int8_key = {
             "source": float_file.sha256,
             "images": inputs.calibration.sha256,
+            "version": __version__,
             "versions": versions(),
             "saturates": saturates_u8s8(),
         }
@@ -139,25 +151,45 @@ def deploy(
 
 
 def measure_quality(
-    store: StageStore, result: ArtifactResult, inputs: Inputs, evaluator: Evaluator, threads: int, progress: Progress
+    store: StageStore,
+    result: ArtifactResult,
+    inputs: Inputs,
+    evaluator: Evaluator,
+    options: ConvertOptions,
+    progress: Progress,
 ) -> ArtifactResult:
-    """Run the file on every validation image; work/quality/*.json."""
+    """Run the file on the validation images; work/quality/*.json.
+
+    The target's files run on all of them, the others on 2,000 at most: their numbers say how many.
+    """
     artifact = result.artifact
     name = f"{artifact.role.value}.{artifact.precision.value}.{artifact.format.value}"
     path = store.work / "quality" / f"{name}.json"
 
     def make() -> None:
         progress.stage(f"running the {artifact.role.value} {artifact.precision.value} {artifact.format.value} file")
-        session = open_session(Path(artifact.path), threads=threads, is_channels_last=artifact.is_channels_last)
+        session = open_session(Path(artifact.path), threads=options.threads, is_channels_last=artifact.is_channels_last)
         meter = QualityMeter()
         done = 0
         for batch, reference, labels in evaluator.reference_batches():
             meter.update(reference, session.predict(batch), labels)
             done += len(batch)
-            progress.step(done, len(inputs.validation))
+            progress.step(done, wanted)
+            if done >= wanted:
+                break
         write_json(path, meter.result(None))
 
-    key = {"file": artifact.sha256, "images": inputs.validation.sha256, "reference": inputs.model_sha256}
+    is_target = (artifact.format, artifact.precision) == (TARGETS[options.target], options.precision)
+    wanted = len(inputs.validation) if is_target else min(len(inputs.validation), _OTHER_IMAGES)
+    key = {
+        **inputs.network_key(),
+        "file": artifact.sha256,
+        "images": inputs.validation.sha256,
+        "wanted": wanted,
+        "versions": versions(),
+        "cpu": cpu_name(),
+        "threads": options.threads,
+    }
     store.run(f"quality {name}", key, (path,), make)
     return replace(result, quality=read_json(Quality, path))
 
@@ -231,18 +263,39 @@ def _check_numerics(path: Path, network: nn.Module, batch: np.ndarray, *, is_cha
 
 
 def _numeric_error(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> float:
-    """Largest |output - output of the PyTorch network| on real images."""
+    """Largest |output - output of the PyTorch network| on real images.
+
+    Raises:
+        ToolError: if an output is NaN, or infinite where the network's is not or the other way round.
+    """
     session = open_session(path, threads=1, is_channels_last=is_channels_last)
     pairs = zip(run_network(network, torch.from_numpy(batch)), session.predict(batch), strict=True)
-    return max(float(np.abs(expected - found).max(initial=0.0)) for expected, found in pairs)
+    error = float(np.max([_differences(expected, found).max(initial=0.0) for expected, found in pairs]))
+    if not math.isfinite(error):
+        raise ToolError(
+            f"{path} gives NaN or infinite values where the network does not, or the other way round; leave its "
+            "format out with --formats, or give a network with finite outputs"
+        )
+    return error
 
 
 def _largest_error(expected: tuple[np.ndarray, ...], found: tuple[np.ndarray, ...]) -> float:
-    """Largest difference of any output, relative to that output's largest value (at least 1)."""
-    return max(
-        float(np.abs(a - b).max(initial=0.0) / max(1.0, float(np.abs(a).max(initial=0.0))))
-        for a, b in zip(expected, found, strict=True)
-    )
+    """Largest difference of any output, relative to that output's largest finite |value| (at least 0.01).
+
+    NaN if any value is NaN, infinite if an infinite value differs.
+    """
+    errors = []
+    for a, b in zip(expected, found, strict=True):
+        largest = np.abs(a[np.isfinite(a)]).max(initial=0.0)
+        errors.append(_differences(a, b).max(initial=0.0) / max(float(largest), _SMALLEST_RANGE))
+    return float(np.max(errors))  # np.max and not max, which may pass over NaN
+
+
+def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Elementwise |a - b| in float64, 0 for equal infinities."""
+    with np.errstate(invalid="ignore"):  # the difference of equal infinities
+        differences = np.abs(a.astype(np.float64) - b)
+    return np.where(a == b, 0.0, differences)
 
 
 def _float_ops(artifact: Artifact) -> tuple[str, ...]:

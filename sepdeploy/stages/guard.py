@@ -21,13 +21,11 @@ from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import GuardStep, LayerTransfer
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import UsageError
-from sepdeploy.loading.checkpoint import load_state_dict
 from sepdeploy.planning.candidates import drop_failing, propose_plan
 from sepdeploy.planning.evaluate import Evaluator, tensor_batches
 from sepdeploy.planning.guard import guard_plan
-from sepdeploy.stages.bundle import rebuild, save_weights
+from sepdeploy.stages.bundle import read_weights, rebuild, save_weights
 from sepdeploy.stages.load import Inputs
-from sepdeploy.version import __version__
 
 if TYPE_CHECKING:
     from sepdeploy.transfer.layer import TransferMethod
@@ -99,14 +97,14 @@ def trace(store: StageStore, inputs: Inputs) -> Trace:
     def make() -> None:
         write_json(path, trace_network(inputs.network, inputs.example()))
 
-    store.run("trace", _network_key(inputs), (path,), make)
+    store.run("trace", inputs.network_key(), (path,), make)
     return read_json(Trace, path)
 
 
 def propose(store: StageStore, options: ConvertOptions, inputs: Inputs, traced: Trace) -> Plan:
     """Everything that the scheme can replace, whatever it costs in accuracy; work/proposal.json."""
     path = store.work / "proposal.json"
-    key = {**_network_key(inputs), "scheme": options.scheme, "options": repr(options.scheme_options)}
+    key = {**inputs.network_key(), "scheme": options.scheme, "options": repr(options.scheme_options)}
 
     def make() -> None:
         plan = propose_plan(traced, options.scheme, options.scheme_options)
@@ -131,7 +129,7 @@ def run_guard(
     files = (store.folder / "plan.json", store.folder / "model.pt", store.work / "guard.json")
     plan_path, weights_path, record_path = files
     basis: dict[str, object] = {
-        **_network_key(inputs),
+        **inputs.network_key(),
         "proposal": sha256_of_bytes(to_json(proposal).encode()),
         "calibration": inputs.calibration.sha256,
         "validation": inputs.validation.sha256,
@@ -158,18 +156,5 @@ def run_guard(
 
     store.run("guard", {**basis, "limit": limit_points}, files, make)
     plan = read_json(Plan, plan_path)
-    network = rebuild(inputs.network, plan, load_state_dict(weights_path).tensors)
+    network = rebuild(inputs.network, plan, read_weights(weights_path))
     return plan, network, read_json(GuardRecord, record_path)
-
-
-def _network_key(inputs: Inputs) -> dict[str, object]:
-    """What the network and its input are, for the records."""
-    return {
-        "version": __version__,
-        "torch": torch.__version__,
-        "model": inputs.model_sha256,
-        "arch": inputs.architecture.spec,
-        "code": inputs.architecture.sha256,
-        "shape": list(inputs.calibration.input_shape),
-        "layout": inputs.calibration.preprocess.layout,
-    }

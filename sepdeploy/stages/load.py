@@ -18,6 +18,7 @@ from sepdeploy.data.preprocess import Preprocess, read_preprocess
 from sepdeploy.errors import UsageError
 from sepdeploy.loading.arch import Architecture
 from sepdeploy.loading.model import load_model
+from sepdeploy.version import __version__
 
 __all__ = ["Inputs", "architecture_source", "load_inputs", "summarize_images"]
 
@@ -44,6 +45,18 @@ class Inputs:
     calibration: ImageSet
     validation: ImageSet
     notes: tuple[str, ...]
+
+    def network_key(self) -> dict[str, object]:
+        """What decides how the network computes and what it takes, for the records of the stages."""
+        return {
+            "version": __version__,
+            "torch": torch.__version__,
+            "model": self.model_sha256,
+            "arch": self.architecture.spec,
+            "code": self.architecture.sha256,
+            "shape": list(self.calibration.input_shape),
+            "layout": self.calibration.preprocess.layout,
+        }
 
     def example(self) -> Tensor:
         """The first calibration image as the network takes it, batch size 1."""
@@ -84,6 +97,9 @@ def load_inputs(options: ConvertOptions, progress: Progress) -> Inputs:
             seed=options.seed,
             progress=progress.step,
         )
+    is_same_path = options.validation == options.calibration and not options.calibration.endswith(".toml")
+    if options.validation is not None and (is_same_path or calibration.sha256 == validation.sha256):
+        notes.append("--validation holds the calibration images too: every quality here is better than it really is")
     for images in (calibration, validation):
         if images.skipped:
             names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")

@@ -63,7 +63,7 @@ def make_report(
         version=__version__,
         model=str(options.model),
         arch=options.arch,
-        command=options.command,
+        command=options.command or repr(options),
         seed=options.seed,
         target=options.target,
         precision=options.precision,
@@ -80,7 +80,7 @@ def make_report(
         converted_quality=guard.quality,
         artifacts=in_bundle,
         checks=_checks(options, plan, in_bundle, guard),
-        notes=(*inputs.notes, *_quality_notes(inputs, original_quality), *_int8_notes(in_bundle)),
+        notes=(*inputs.notes, *_quality_notes(inputs, traced, original_quality), *_file_notes(options, in_bundle)),
     )
 
 
@@ -92,7 +92,7 @@ def write_bundle(options: ConvertOptions, inputs: Inputs, report: Report) -> Non
     names = ["plan.json", "model.pt", *(r.artifact.path for r in report.artifacts), "report.json", "report.html"]
     manifest = Manifest(
         version=__version__,
-        command=options.command,
+        command=options.command or repr(options),
         seed=options.seed,
         model=str(options.model),
         model_sha256=inputs.model_sha256,
@@ -143,22 +143,40 @@ def _speed_check(options: ConvertOptions, plan: Plan, converted: ArtifactResult)
     return Check("speed", is_faster, sentence)
 
 
-def _quality_notes(inputs: Inputs, quality: Quality) -> tuple[str, ...]:
-    classes = len(inputs.validation.class_names)
-    if quality.accuracy_ratio is None or inputs.validation.labels is None:
+def _quality_notes(inputs: Inputs, traced: Trace, quality: Quality) -> tuple[str, ...]:
+    if quality.accuracy_ratio is None:
         return ()
-    classes = max(classes, int(inputs.validation.labels.max()) + 1)
+    classes = traced.output_shapes[0][-1]
+    named = len(inputs.validation.class_names)
+    notes: tuple[str, ...] = ()
+    if named and named != classes:
+        notes = (f"{inputs.validation.path} has {named} class folders, but the network has {classes} classes",)
     if classes < 3 or quality.accuracy_ratio > _CHANCE_FACTOR / classes:
-        return ()
+        return notes
     return (
+        *notes,
         f"the original network gets only {100 * quality.accuracy_ratio:.1f}% of the validation images right, about "
         f"chance for {classes} classes: check the preprocessing and the order of the classes before trusting any "
         "accuracy here",
     )
 
 
-def _int8_notes(results: Sequence[ArtifactResult]) -> tuple[str, ...]:
+def _file_notes(options: ConvertOptions, results: Sequence[ArtifactResult]) -> tuple[str, ...]:
+    """What is wrong with single files, those included that no promise is about."""
+    limit = options.max_drop_points
+    converted = [r for r in results if r.artifact.role is Role.CONVERTED and r.quality is not None]
     notes = tuple(
+        f"{r.artifact.path} loses {r.quality.drop_points:.2f} points on {r.quality.images} images, above the limit "
+        f"of {limit:g}"
+        for r in converted
+        if limit is not None and r.quality is not None and r.quality.drop_points > limit
+    )
+    notes += tuple(
+        f"{r.artifact.path} is slower than the original's file: {r.latency.speedup:.2f}x its speed"
+        for r in converted
+        if r.latency is not None and r.latency.speedup_high is not None and r.latency.speedup_high < 1
+    )
+    notes += tuple(
         f"{r.artifact.path} still computes in floating point: {', '.join(r.float_ops)}"
         for r in results
         if r.artifact.precision is Precision.INT8 and r.artifact.role is Role.CONVERTED and r.float_ops

@@ -39,6 +39,10 @@ _MOMENT_IMAGES = 128
 _HELD_OUT_RATIO = 0.25
 """Share of each batch on which the ridge is chosen; the final solve uses all."""
 
+_ENOUGH_POSITIONS = 2**17
+_ENOUGH_IMAGES = 128
+"""A solve stops reading images once it has this many of both: early layers have thousands of positions per image."""
+
 _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -83,6 +87,14 @@ def transfer_layer(
     moments = _input_moments(converted, site, candidate, batches)
     module.set_weights(scheme.factorize(weight, candidate.form, moments), conv.bias)
     output_error = _solve(module, original, converted, site, batches)
+    # The solve leaves terms that partly cancel each other, which int8 cannot afford. Factorizing the kernel that they
+    # compute anew changes nothing (its rank is within the form's) but gives orthogonal terms of even scale.
+    solved = compose_kernels(
+        tuple(tuple(conv.weight.double() for conv in term) for term in module.factor_modules()),
+        candidate.form,
+        site.spec.groups,
+    )
+    module.set_weights(scheme.factorize(solved, candidate.form, moments), module.bias)
     return module, LayerTransfer(site.name, kernel_error, output_error, "anchored")
 
 
@@ -118,7 +130,11 @@ def _solve(module: ChainConv2d, original: nn.Module, converted: nn.Module, site:
         LeastSquaresSums(window.groups, window_features if is_narrow else 0, window.out_channels // window.groups)
         for _ in range(2)
     )
+    images = 0
     for batch in batches():
+        if images >= _ENOUGH_IMAGES and fit.positions + held_out.positions >= _ENOUGH_POSITIONS:
+            break
+        images += len(batch)
         calls = len(site.calls)
         inputs = run_until(converted, site.name, batch, calls=calls, needs_outputs=False).inputs
         targets = run_until(original, site.name, batch, calls=calls, needs_outputs=True).outputs

@@ -1,4 +1,8 @@
-"""Sums over calibration images, streamed in float64: activations themselves are never kept."""
+"""Sums over calibration images, batch by batch: activations themselves are never kept.
+
+The products of a batch are computed in the precision of its activations, at least float32, and the batches are added up
+in float64.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,10 @@ def patches(x: Tensor, factor: Factor) -> Tensor:
 
 
 def patch_moments(x: Tensor, factor: Factor) -> Tensor:
-    """Sum over positions of patch patch^T for each group, (groups, n, n) in float64."""
+    """Sum over positions of patch patch^T for each group, (groups, n, n).
+
+    Computed in the precision of `x`, at least float32, and returned as float64 for adding up.
+    """
     columns = _at_least_float32(patches(x, factor))
     return (columns @ columns.mT).double()
 
@@ -49,6 +56,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 class LeastSquaresSums:
     """Sums that a least-squares problem y ~ W p + b needs, one problem per group of channels.
+
+    Each batch's products are in the precision of the batch, at least float32; their sums over batches are in float64.
 
     Attributes:
         gram: Sum of [p; 1] [p; 1]^T, (G, n + 1, n + 1), float64.

@@ -21,7 +21,7 @@ MAX_WINDOW_FEATURES = 2400
 """Widest window, I / groups * Kh * Kw, whose n x n moments are worth their time: 256 channels at 3x3."""
 
 _ITERATIONS_PER_ROUND = 20
-_MAX_ROUNDS = 5
+_MAX_ROUNDS = 3
 _MIN_GAIN = 2e-3  # of the held-out error, per round
 
 

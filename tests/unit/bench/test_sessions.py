@@ -35,6 +35,9 @@ def check(session: Session, batch: np.ndarray, wanted: tuple[np.ndarray, ...], t
     session.set_random_input(0)
     session.run_once()
     np.testing.assert_array_equal(session.predict(batch)[0], outputs[0])
+    fresh = session.reopen()
+    assert (fresh.path, fresh.runtime, fresh.input_shape) == (session.path, session.runtime, session.input_shape)
+    np.testing.assert_array_equal(fresh.predict(batch)[0], outputs[0])
 
 
 def test_onnx(onnx_file: Path, batch: np.ndarray, wanted: tuple[np.ndarray, ...]) -> None:

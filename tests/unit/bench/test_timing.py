@@ -39,12 +39,19 @@ class FakeSession:
         self.path.write_text(name)
         self.seeds: list[int] = []
         self.was_collecting = False
+        self.reopened: list[FakeSession] = []  # all that came of it
 
     def predict(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
         return (batch,)
 
     def set_random_input(self, seed: int) -> None:
         self.seeds.append(seed)
+
+    def reopen(self) -> FakeSession:
+        fresh = FakeSession(self.machine, self.name, self.run_ns, self.path.parent)
+        self.reopened.append(fresh)
+        fresh.reopened = self.reopened
+        return fresh
 
     def run_once(self) -> None:
         self.was_collecting |= gc.isenabled()
@@ -69,14 +76,14 @@ def test_latency_of_two_files(tmp_path: Path) -> None:
     assert separable.median_ms == separable.minimum_ms == 1.0
     assert (dense.speedup, dense.speedup_low, dense.speedup_high) == (None, None, None)
     assert (separable.speedup, separable.speedup_low, separable.speedup_high) == (4.0, 4.0, 4.0)
-    # 0.5 s for both at a little over 5 ms a round
+    # 0.5 s for both at a little over 5 ms a round, and up to one round more in each block
     assert dense.repeats == separable.repeats
-    assert 80 <= dense.repeats <= 100
+    assert 80 <= dense.repeats <= 106
     assert dense.warmup == 3
     assert dense.method is Method.WALL_CLOCK
     assert (dense.environment.runtime, dense.environment.threads) == ("fake 1.0", 2)
     assert dense.artifact_sha256 == hashlib.sha256(b"dense").hexdigest()
-    assert files["dense"].seeds == [7]
+    assert [session.seeds for session in (files["dense"], *files["dense"].reopened)] == [[7]] * 6
 
 
 def test_warm_up_comes_first_and_the_order_alternates(tmp_path: Path) -> None:
@@ -92,11 +99,11 @@ def test_rounds_have_a_floor_and_a_ceiling(tmp_path: Path) -> None:
     kept = measure(
         sessions(slow, tmp_path, a=10**10), reference=None, threads=1, seconds=1.0, warmup=1, clock=slow.clock
     )
-    assert kept["a"].repeats == 20
+    assert kept["a"].repeats == 6 * 4
     kept = measure(
         sessions(fast, tmp_path, a=300_000), reference=None, threads=1, seconds=60.0, warmup=1, clock=fast.clock
     )
-    assert kept["a"].repeats == 1000
+    assert kept["a"].repeats == 6 * 166
 
 
 def test_short_runs_are_timed_in_bursts(tmp_path: Path) -> None:
@@ -104,7 +111,8 @@ def test_short_runs_are_timed_in_bursts(tmp_path: Path) -> None:
     files = sessions(machine, tmp_path, short=30_000, long=200_000)
     latencies = measure(files, reference="long", threads=1, seconds=1e-9, warmup=5, clock=machine.clock)
     counts = Counter(machine.runs)
-    assert counts == {"short": 5 + 20 * 7, "long": 5 + 20}  # 7 x 30 us is the first burst above 200 us
+    # 6 blocks of a warm-up and 4 rounds; 7 x 30 us is the first burst above 200 us
+    assert counts == {"short": 6 * (5 + 4 * 7), "long": 6 * (5 + 4)}
     assert latencies["short"].minimum_ms == pytest.approx(0.03)
     assert latencies["long"].minimum_ms == 0.2
 
@@ -143,7 +151,46 @@ def test_collector_is_off_meanwhile_and_on_again(tmp_path: Path) -> None:
     assert gc.isenabled()
     measure(files, reference=None, threads=1, seconds=0.01, clock=machine.clock)
     assert gc.isenabled()
-    assert not files["a"].was_collecting
+    assert not any(session.was_collecting for session in (files["a"], *files["a"].reopened))
+
+
+class LuckySession(FakeSession):
+    """Each time it is loaded it has another speed, which then stays, as where a file lies in memory decides it."""
+
+    luck = np.random.default_rng()
+
+    def __init__(self, machine: Machine, name: str, run_ns: int, folder: Path) -> None:
+        super().__init__(machine, name, int(run_ns * self.luck.uniform(0.9, 1.1)), folder)
+
+    def reopen(self) -> LuckySession:
+        return LuckySession(self.machine, self.name, 1_000_000, self.path.parent)
+
+
+def test_interval_of_a_file_against_itself_holds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LuckySession, "luck", np.random.default_rng(0))
+    holds_one = []
+    for _ in range(20):
+        machine = Machine()
+        files = {name: LuckySession(machine, "same", 1_000_000, tmp_path) for name in "ab"}
+        latency = measure(files, reference="a", threads=1, seconds=1e-9, warmup=1, clock=machine.clock)["b"]
+        assert latency.speedup_low < latency.speedup < latency.speedup_high
+        holds_one.append(latency.speedup_low <= 1 <= latency.speedup_high)
+    assert sum(holds_one) >= 18  # 97% of 20 on average
+
+
+def test_interval_is_the_range_of_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block_ns = iter([1_000_000, 800_000, 1_250_000, 1_000_000, 2_000_000, 500_000])
+    monkeypatch.setattr(
+        FakeSession,
+        "reopen",
+        lambda self: FakeSession(
+            self.machine, self.name, next(block_ns) if self.name == "b" else self.run_ns, self.path.parent
+        ),
+    )
+    machine = Machine()
+    files = sessions(machine, tmp_path, a=1_000_000, b=next(block_ns))
+    latency = measure(files, reference="a", threads=1, seconds=1e-9, warmup=1, clock=machine.clock)["b"]
+    assert (latency.speedup, latency.speedup_low, latency.speedup_high) == (1.0, 0.5, 2.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7])
