@@ -169,6 +169,8 @@ def _file_notes(options: ConvertOptions, results: Sequence[ArtifactResult]) -> t
         f"{r.artifact.path} loses {r.quality.drop_points:.2f} points on {r.quality.images} images, above the limit "
         f"of {limit:g}"
         for r in converted
+        # Float files compute what the network does, which the guard measured on all images.
+        if r.artifact.precision is Precision.INT8
         if limit is not None and r.quality is not None and r.quality.drop_points > limit
     )
     notes += tuple(
