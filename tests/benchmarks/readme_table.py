@@ -54,7 +54,7 @@ def section(report: Report) -> str:
     repeats = {result.latency.repeats for result in report.artifacts if result.latency}
     lines += [
         "",
-        f"Accuracy on {report.validation.images:,} images. Latency: wall clock, {min(repeats)} to {max(repeats)} "
+        f"Accuracy on {report.validation.images:,} images. Latency: wall clock, at least {min(repeats)} "
         f"repeats, original and converted file interleaved; {'; '.join(dict.fromkeys(environments))}.",
         "",
     ]

@@ -1,6 +1,7 @@
 """Networks of all kinds through the whole pipeline, from Python, each to ONNX."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -131,6 +132,23 @@ def test_an_int8_file_that_breaks_the_limit_is_blamed_for_it(workplace):
     # The guard was told to leave room for the quantization before the report gave up.
     assert report.converted_quality.drop_points < 30
     assert report.max_drop_points == 30
+    # A finished run that is repeated starts at the limit that it ended with, and makes nothing anew.
+    files = [options.output_folder / name for name in ("plan.json", "model.pt", "model.onnx", "model.int8.onnx")]
+    before = [file.stat().st_mtime_ns for file in files]
+    sepdeploy.convert(options)
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_another_factory_in_the_same_file_makes_the_files_anew(workplace, tmp_path):
+    images = workplace.images(count=64)
+    first = workplace.options("Classifier", calibration=images, output=tmp_path / "out")
+    second = replace(first, arch=workplace.arch("InPlace"))  # the same weights, another forward
+    original = tmp_path / "out" / "original" / "model.onnx"
+    sepdeploy.convert(first)
+    before = original.read_bytes()
+    report = sepdeploy.convert(second)
+    assert original.read_bytes() != before
+    assert report.result(Format.ONNX, Precision.FLOAT32, Role.ORIGINAL).max_abs_error < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ NOT_FROM_PROPOSE = {
     Reason.NOT_CHEAPER,  # below: it depends on the options
     Reason.REPLACEMENT_FAILS,  # below: drop_failing
     Reason.EXCEEDS_MAX_DROP,  # the guard, tests/unit/planning/test_guard.py
+    Reason.NOT_TRIED,  # likewise
 }
 
 

@@ -105,3 +105,22 @@ def test_missing_exporter_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "litert_torch", None)
     with pytest.raises(ToolError, match=r"pip install 'sepdeploy\[tflite\]'.*--formats onnx"):
         export_tflite(classifier, images[:1], folder / "no.tflite", is_channels_last=True)
+
+
+class Viewed(nn.Module):
+    """Flattens with `view`, which a channels-last tensor does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.linear = nn.Linear(8 * 64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.relu(self.conv(x)).view(x.size(0), -1))
+
+
+def test_network_that_flattens_with_view_exports_channels_last(tmp_path):
+    network, x = Viewed().eval(), torch.randn(1, 3, 8, 8)
+    export_tflite(network, x, tmp_path / "v.tflite", is_channels_last=True)
+    (found,) = run(tmp_path / "v.tflite", x.permute(0, 2, 3, 1).numpy()).values()
+    np.testing.assert_allclose(found, network(x).detach().numpy(), atol=TOLERANCE)

@@ -71,7 +71,7 @@ def test_page_has_every_file_hash_layer_check_and_note(samples: ModuleType) -> N
     expected += [decision.name for decision in report.plan.decisions]
     expected += [check.sentence for check in report.checks]
     expected += [*report.notes, report.command, report.calibration.sha256, report.validation.sha256, "broken.jpg"]
-    expected += ["at least 3.20", "Softmax x1", "1.78 to 1.91", "400 repeats after 20 warm-up"]
+    expected += ["about 3.20", "Softmax x1", "1.78 to 1.91", "400 repeats after 20 warm-up"]
     assert [each for each in expected if each not in text] == []
 
 

@@ -16,7 +16,7 @@ from sepdeploy.errors import UsageError
 from sepdeploy.planning.candidates import propose_plan
 from sepdeploy.planning.convert import convert_network
 from sepdeploy.schemes.module import ChainConv2d
-from sepdeploy.stages.bundle import load, rebuild, save_weights
+from sepdeploy.stages.bundle import load, read_weights, rebuild, save_weights
 
 CODE = """
 from torch import nn
@@ -130,3 +130,38 @@ def test_equal_weights_give_equal_bytes_whatever_the_file_is_called(tmp_path):
     save_weights(tmp_path / "a.pt", net)
     save_weights(tmp_path / "other_name.pt", net.to(memory_format=torch.channels_last))
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "other_name.pt").read_bytes()
+
+
+class Wrapped(nn.Module):
+    """All names start with `module.`, as if a wrapper had been left on; and there is state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = build()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+def test_names_are_kept_as_they_are_and_extra_state_is_left_out(tmp_path):
+    network = Wrapped().eval()
+    save_weights(tmp_path / "model.pt", network)
+    weights = read_weights(tmp_path / "model.pt")
+    assert set(weights) == {name for name in network.state_dict() if name != "_extra_state"}
+    traced = trace_network(network, torch.randn(1, 8, 8, 8))
+    nothing = propose_plan(traced, "dense", SchemeOptions())
+    again = rebuild(network, nothing, weights)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04"])
+def test_damaged_weights_are_one_sentence(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(UsageError, match="convert again"):
+        read_weights(tmp_path / "model.pt")

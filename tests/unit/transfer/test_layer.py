@@ -247,3 +247,18 @@ def test_refining_never_raises_the_total_error(scheme, has_held_out, groups):
         after = float((module(images) - conv(images)).norm() / conv(images).norm())
         assert after <= before + 1e-4
         assert reported == pytest.approx(after, rel=0.02, abs=1e-3)
+
+
+@torch.no_grad()
+def test_terms_do_not_cancel_and_have_even_energy(make_net):
+    net, x = make_net("chain")
+    images = correlated_images(64)
+    converted, _ = transfer_all(net, x, "depthwise_separable", "anchored", images)
+    module = converted[0]
+    outputs = torch.stack([term[0](images) for term in module.terms]).transpose(1, 2).flatten(2)  # (T, C, positions)
+    moments = torch.einsum("tcp,scp->cts", outputs, outputs) / outputs.shape[-1]
+    energy = moments.diagonal(dim1=1, dim2=2)
+    correlation = moments[:, 0, 1].abs() / (energy[:, 0] * energy[:, 1]).sqrt()
+    assert module.terms[0][0].groups == len(correlation)
+    assert correlation.max() < 0.1
+    assert energy.max() < 2 * energy.min()
