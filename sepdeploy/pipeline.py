@@ -75,13 +75,14 @@ def _convert(
     limit_key = {**inputs.network_key(), **_guard_options(options, inputs)}
     is_settled = store.is_current("limit", limit_key, (limit_path,))
     limit = json.loads(limit_path.read_bytes()) if is_settled else options.max_drop_points
-    for attempt in range(1 + _MAX_TIGHTENINGS):
+    attempts = 1 if is_settled else 1 + _MAX_TIGHTENINGS
+    for attempt in range(1, attempts + 1):
         plan, network, guard = run_guard(
             store, options, inputs, traced, proposal, evaluator, batch_size, limit, progress
         )
         converted = _deploy_converted(store, options, inputs, traced, network, evaluator, progress)
         tighter = _tighter_limit(options, converted, guard)
-        if tighter is None or not plan.replaced or attempt == _MAX_TIGHTENINGS:
+        if tighter is None or not plan.replaced or attempt == attempts:
             break
         limit = tighter
     store.run("limit", limit_key, (limit_path,), lambda: write_text(limit_path, json.dumps(limit)))
