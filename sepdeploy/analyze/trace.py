@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
 from sepdeploy.core.plan import Reason
+from sepdeploy.core.quiet import error_summary
 from sepdeploy.errors import UnsupportedModelError, UsageError
 
 __all__ = ["conv_spec", "output_tensors", "trace_network"]
@@ -132,8 +133,8 @@ def trace_network(model: nn.Module, example: Tensor) -> Trace:
             returned = model(example.clone())  # a copy: networks may normalize their input in place
         except Exception as error:
             raise UsageError(
-                f"the network does not run on an input of shape {tuple(example.shape)}: {type(error).__name__}: "
-                f"{_first_line(error)}; check --input-shape C,H,W and the preprocess file"
+                f"the network does not run on an input of shape {tuple(example.shape)}: {error_summary(error)}; "
+                "check --input-shape C,H,W and the preprocess file"
             ) from error
     outputs = output_tensors(returned)
     sites = _module_sites(model, recorder, {id(output) for output in outputs})
@@ -357,7 +358,3 @@ def _following_batchnorms(recorder: _Recorder, output_ids: set[int]) -> dict[int
         for conv, norm in found.items()
         if conv not in rejected and recorder.batchnorm_calls[id(norm)] == calls[conv]
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-__all__ = ["first_line", "quiet", "silenced_native_stderr"]
+__all__ = ["error_summary", "first_line", "quiet", "silenced_native_stderr"]
 
 _STDERR = 2
 
@@ -56,6 +56,15 @@ def silenced_native_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, _STDERR)
         os.close(kept)
+
+
+def error_summary(error: BaseException) -> str:
+    """The type of `error` and the first line that it says, for errors of the user's own code.
+
+    >>> error_summary(ValueError("too large"))
+    'ValueError: too large'
+    """
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def first_line(error: BaseException) -> str:

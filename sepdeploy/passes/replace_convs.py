@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from sepdeploy.core.quiet import error_summary
 from sepdeploy.errors import UnsupportedModelError, UsageError
 
 __all__ = ["copy_network", "replace_modules"]
@@ -21,8 +22,7 @@ def copy_network(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:  # user objects raise whatever they like on being copied
-        text = (str(error).strip() or "no message").splitlines()[0]
-        raise UnsupportedModelError(f"the network cannot be copied: {type(error).__name__}: {text}") from error
+        raise UnsupportedModelError(f"the network cannot be copied: {error_summary(error)}") from error
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> tuple[str, ...]:

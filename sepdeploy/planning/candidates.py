@@ -11,6 +11,7 @@ from sepdeploy.analyze.trace import output_tensors
 from sepdeploy.core.chain import Chain, ChainSum
 from sepdeploy.core.conv import ConvSite, Trace
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
+from sepdeploy.core.quiet import error_summary
 from sepdeploy.errors import ContractError
 from sepdeploy.passes.replace_convs import copy_network, replace_modules
 from sepdeploy.schemes.module import ChainConv2d
@@ -91,7 +92,7 @@ def _failure(original: nn.Module, trace: Trace, names: tuple[str, ...], example:
         expected = output_tensors(original(example.clone()))
         outputs = output_tensors(trial(example.clone()))
     except Exception as error:  # user code: whatever it raises is the reason
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return error_summary(error)
     shapes = tuple(tuple(output.shape) for output in outputs)
     if shapes != trace.output_shapes:
         return f"its outputs become {shapes}, not {trace.output_shapes}"

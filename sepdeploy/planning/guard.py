@@ -215,7 +215,7 @@ class _Run:
             worst = max(self.accepted, key=order.index)
             quality = guarded.quality
             self.details[worst] = self._detail(quality.drop_points, len(self.accepted), quality.images)
-            self.steps.append(_full_step((), len(self.accepted), quality, is_accepted=False))
+            self.steps = list(guarded.steps)
             self.accepted = tuple(name for name in self.accepted if name != worst)
         return self.finish(())
 
@@ -225,7 +225,7 @@ class _Run:
         network, transfers = self.build(names)
         quality = self._full.get(frozenset(names)) or self.evaluator.quality(network)[0]
         is_accepted = self.limit is None or quality.drop_points <= self.limit
-        step = _full_step((), len(names), quality, is_accepted=is_accepted)
+        step = GuardStep((), len(names), quality.drop_points, quality.images, is_accepted)
         is_new = all(s.is_partial or (s.replaced, s.drop_points) != (len(names), step.drop_points) for s in self.steps)
         steps = (*self.steps, step) if is_new else tuple(self.steps)
         return Guarded(self._plan_for(names), network, transfers, steps, quality)
@@ -246,10 +246,6 @@ class _Run:
             if name not in names:
                 plan = plan.with_outcome(name, self._kept(name))
         return plan
-
-
-def _full_step(added: tuple[str, ...], replaced: int, quality: Quality, *, is_accepted: bool) -> GuardStep:
-    return GuardStep(added, replaced, quality.drop_points, quality.images, is_accepted, is_partial=False)
 
 
 def _output_change(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> tuple[float, float]:

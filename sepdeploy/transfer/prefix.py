@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sepdeploy.core.quiet import error_summary
 from sepdeploy.errors import UnsupportedModelError
 
 __all__ = ["Seen", "run_until"]
@@ -67,10 +68,9 @@ def run_until(model: nn.Module, name: str, batch: Tensor, *, calls: int, needs_o
     except _Stop:
         pass
     except Exception as error:
-        text = (str(error).strip() or "no message").splitlines()[0]
         raise UnsupportedModelError(
-            f"the network does not run on a batch of shape {tuple(batch.shape)}: {type(error).__name__}: {text}; its "
-            "forward pass must work for any number of images"
+            f"the network does not run on a batch of shape {tuple(batch.shape)}: {error_summary(error)}; its forward "
+            "pass must work for any number of images"
         ) from error
     finally:
         for handle in handles:
