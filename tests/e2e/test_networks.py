@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sepdeploy
+from sepdeploy import pipeline
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.plan import Reason
 from sepdeploy.core.report import Report
@@ -137,6 +138,21 @@ def test_an_int8_file_that_breaks_the_limit_is_blamed_for_it(workplace):
     before = [file.stat().st_mtime_ns for file in files]
     sepdeploy.convert(options)
     assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_a_repeated_run_starts_at_the_limit_that_the_first_ended_with(workplace, tmp_path, monkeypatch):
+    images = workplace.images(count=128, labels="Classifier")
+    options = workplace.options(
+        "Classifier", calibration=images, validation=images, max_drop_points=60.0, output=tmp_path / "out"
+    )
+    drops = iter(range(59, 0, -1))
+    monkeypatch.setattr(pipeline, "_tighter_limit", lambda *_: float(next(drops)))  # as if int8 always lost more
+    sepdeploy.convert(options)
+    assert json.loads((tmp_path / "out" / "work" / "limit.json").read_text()) == 58
+    before = (tmp_path / "out" / "model.pt").stat().st_mtime_ns
+    report = sepdeploy.convert(options)
+    assert report.plan.replaced
+    assert (tmp_path / "out" / "model.pt").stat().st_mtime_ns == before
 
 
 def test_another_factory_in_the_same_file_makes_the_files_anew(workplace, tmp_path):

@@ -250,11 +250,29 @@ def test_refining_never_raises_the_total_error(scheme, has_held_out, groups):
 
 
 @torch.no_grad()
-def test_terms_do_not_cancel_and_have_even_energy(make_net):
+def test_terms_that_cancel_after_the_solve_are_made_orthogonal_and_even(make_net, monkeypatch):
     net, x = make_net("chain")
     images = correlated_images(64)
+    solve = layer._solve
+    solved = []
+
+    def solve_and_mix(module, *rest):
+        """The same kernel from two terms that are large and nearly opposite, as a long descent leaves them."""
+        error = solve(module, *rest)
+        (first_dw, first_pw), (second_dw, second_pw) = ([c.weight for c in term] for term in module.factor_modules())
+        mixing = 30 * torch.tensor([[1.0, 0.98], [0.98, 1.0]])
+        inverse = torch.linalg.inv(mixing)
+        dws, pws = (first_dw.clone(), second_dw.clone()), (first_pw.clone(), second_pw.clone())
+        for t, (dw, pw) in enumerate(((first_dw, first_pw), (second_dw, second_pw))):
+            dw.copy_(mixing[t, 0] * dws[0] + mixing[t, 1] * dws[1])
+            pw.copy_(inverse[0, t] * pws[0] + inverse[1, t] * pws[1])
+        solved.append(module.weight.clone())
+        return error
+
+    monkeypatch.setattr(layer, "_solve", solve_and_mix)
     converted, _ = transfer_all(net, x, "depthwise_separable", "anchored", images)
     module = converted[0]
+    assert torch.allclose(module.weight, solved[0], rtol=1e-4, atol=1e-4 * float(solved[0].abs().max()))
     outputs = torch.stack([term[0](images) for term in module.terms]).transpose(1, 2).flatten(2)  # (T, C, positions)
     moments = torch.einsum("tcp,scp->cts", outputs, outputs) / outputs.shape[-1]
     energy = moments.diagonal(dim1=1, dim2=2)
