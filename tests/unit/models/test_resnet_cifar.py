@@ -30,6 +30,10 @@ def load_checkpoint(file_name: str) -> nn.Module:
     return model.eval()
 
 
+def parameters_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def load_test_images(count: int) -> tuple[Tensor, Tensor]:
     with np.load(SHARED / "data" / "cifar10_jpeg_test.npz") as data:
         jpeg, offsets, labels = data["jpeg"], data["offsets"], data["labels"]
@@ -57,7 +61,7 @@ def test_depth_and_parameters_are_those_of_the_paper(name: str, depth: int, para
 
     weighted = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert len(weighted) == depth
-    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 3) == params_m
+    assert round(parameters_of(model) / 1e6, 3) == params_m
 
 
 def test_num_classes_sets_the_outputs_and_odd_images_work() -> None:
@@ -76,6 +80,51 @@ def test_shortcut_is_option_a() -> None:
     assert not y[:, :8].any()
     assert not y[:, 24:].any()
     assert not list(block.shortcut.parameters())
+
+
+def test_an_odd_number_of_channels_is_padded_whole() -> None:
+    block = resnet_cifar.BasicBlock(17, 34, stride=2).eval()
+
+    assert block(torch.randn(1, 17, 8, 8)).shape == (1, 34, 4, 4)
+
+
+def test_projection_is_a_strided_pointwise_convolution_with_batch_norm() -> None:
+    model = resnet_cifar.resnet20(shortcut="projection").eval()
+    conv, norm = model.layer2[0].shortcut
+
+    assert (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride) == (16, 32, (1, 1), (2, 2))
+    assert conv.bias is None
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(model.layer1[0].shortcut, nn.Identity)
+    assert isinstance(model.layer2[1].shortcut, nn.Identity)
+    plain = resnet_cifar.resnet20()
+    added = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+    assert parameters_of(model) == parameters_of(plain) + added
+
+
+def test_unknown_shortcut_is_refused() -> None:
+    with pytest.raises(ValueError, match="shortcut must be 'pad' or 'projection', got 'B'"):
+        resnet_cifar.resnet20(shortcut="B")
+
+
+@pytest.mark.parametrize(("width", "channels"), [(1.0, [16, 32, 64]), (3.625, [58, 116, 232]), (1.1, [17, 35, 70])])
+def test_width_scales_the_three_stages_and_rounds_down(width: float, channels: list[int]) -> None:
+    model = resnet_cifar.resnet32(width=width).eval()
+
+    assert [stage[-1].conv2.out_channels for stage in (model.layer1, model.layer2, model.layer3)] == channels
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_imagenet40_features_are_at_16_8_and_4_pixels() -> None:
+    model = resnet_cifar.resnet20_imagenet40().eval()
+    sizes = []
+    for stage in (model.layer1, model.layer2, model.layer3):
+        stage.register_forward_hook(lambda _, args, output: sizes.append(tuple(output.shape[1:])))
+
+    scores = model(torch.zeros(1, 3, 32, 32))
+
+    assert sizes == [(64, 16, 16), (128, 8, 8), (256, 4, 4)]
+    assert scores.shape == (1, 1000)
 
 
 def test_it_exports_with_the_same_outputs() -> None:
