@@ -7,6 +7,7 @@ through global hooks, so that nothing is ever left on the user's network.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from sepdeploy.core.plan import Reason
 from sepdeploy.core.quiet import error_summary
 from sepdeploy.errors import UnsupportedModelError, UsageError
 
-__all__ = ["conv_spec", "output_tensors", "trace_network"]
+__all__ = ["conv_spec", "layer_spec", "output_tensors", "trace_network"]
 
 
 @dataclass(slots=True)
@@ -45,6 +46,15 @@ class _Operation:
     readers: list[nn.Module | None] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _LinearCall:
+    """One call of an nn.Linear, and how many convolutions had run before it."""
+
+    module: nn.Linear
+    output_shape: tuple[int, ...]
+    convolutions_before: int
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records convolutions, who reads their outputs, and the multiply-accumulates of everything."""
 
@@ -54,6 +64,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations: list[_Operation] = []
         self.batchnorm_calls: Counter[int] = Counter()
         self.parameter_readers: dict[int, set[int]] = {}  # parameter -> modules that ran an operator on it, by id
+        self.linear_calls: list[_LinearCall] = []
         self.total_macs = 0
         self._by_output: dict[int, _Operation] = {}  # the operations keep the tensors alive, so ids stay unique
 
@@ -98,7 +109,9 @@ def _following_modules(recorder: _Recorder) -> Iterator[None]:
             recorder.batchnorm_calls[id(module)] += 1
         recorder.stack.append(module)
 
-    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+    def leave(module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear) and isinstance(output, Tensor):
+            recorder.linear_calls.append(_LinearCall(module, tuple(output.shape), len(recorder.operations)))
         if recorder.stack and recorder.stack[-1] is module:
             recorder.stack.pop()
 
@@ -113,12 +126,13 @@ def _following_modules(recorder: _Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def trace_network(model: nn.Module, example: Tensor) -> Trace:
+def trace_network(model: nn.Module, example: Tensor, *, includes_linear: bool = False) -> Trace:
     """Run `model` once and describe its convolutions.
 
     Args:
         model: The network, in eval mode.
         example: One image as the network takes it, (1, C, H, W) or (1, H, W, C), float32.
+        includes_linear: Whether to list nn.Linear layers too, as 1x1 convolutions over their positions.
 
     Returns:
         Every nn.Conv1d, 2d, 3d and transposed module and every functional convolution; MACs are those of this image.
@@ -139,7 +153,11 @@ def trace_network(model: nn.Module, example: Tensor) -> Trace:
     outputs = output_tensors(returned)
     sites = _module_sites(model, recorder, {id(output) for output in outputs})
     sites += _functional_sites(model, recorder)
-    order = {name: place for place, name in reversed(list(enumerate(_call_order(model, recorder))))}
+    order: dict[str, float] = {name: place for place, name in reversed(list(enumerate(_call_order(model, recorder))))}
+    if includes_linear:
+        linear_sites = _linear_sites(model, recorder)
+        sites += [site for site, _ in linear_sites]
+        order |= {site.name: place for site, place in linear_sites if place is not None}
     sites.sort(key=lambda site: order.get(site.name, len(order)))
     return Trace(
         sites=tuple(sites),
@@ -178,6 +196,14 @@ def conv_spec(conv: nn.Conv2d) -> ConvSpec:
         has_bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
     )
+
+
+def layer_spec(layer: nn.Conv2d | nn.Linear) -> ConvSpec:
+    """The geometry of an nn.Conv2d, or of an nn.Linear as a 1x1 convolution."""
+    if isinstance(layer, nn.Conv2d):
+        return conv_spec(layer)
+    outputs, inputs = layer.weight.shape
+    return ConvSpec(inputs, outputs, (1, 1), has_bias=layer.bias is not None)
 
 
 def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -220,7 +246,7 @@ def _module_sites(model: nn.Module, recorder: _Recorder, output_ids: set[int]) -
     for conv in convs:
         operations = [operation for operation in recorder.operations if operation.conv_module is conv]
         is_plain = isinstance(conv, nn.Conv2d)
-        reason = _structural_reason(conv, operations, owners, recorder)
+        reason = _structural_reason(conv, bool(operations), owners, recorder)
         # Folding changes the weight, which must then be the convolution's own.
         norm = norms.get(id(conv)) if reason is None else None
         sites.append(
@@ -235,6 +261,44 @@ def _module_sites(model: nn.Module, recorder: _Recorder, output_ids: set[int]) -
                 reason=reason,
             )
         )
+    return sites
+
+
+def _linear_sites(model: nn.Module, recorder: _Recorder) -> list[tuple[ConvSite, float | None]]:
+    """One site per nn.Linear, and its place among the convolutions in the order of calls; None if never called."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    owners = _weight_owners(model)
+    sites = []
+    for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        numbered = [(i, call) for i, call in enumerate(recorder.linear_calls) if call.module is linear]
+        inputs, calls = linear.weight.shape[1], []
+        for _, call in numbered:
+            # Positions of any number of dimensions, as an image of one column: (N, F, P, 1).
+            images, positions = call.output_shape[0], math.prod(call.output_shape[1:-1])
+            if len(call.output_shape) == 1:
+                images = 1
+            outputs = call.output_shape[-1]
+            calls.append(
+                ConvCall(
+                    (images, inputs, positions, 1),
+                    (images, outputs, positions, 1),
+                    images * positions * inputs * outputs,
+                )
+            )
+        site = ConvSite(
+            name=names[id(linear)][0],
+            module_type=type(linear).__name__,
+            spec=layer_spec(linear),
+            calls=tuple(calls),
+            params=sum(parameter.numel() for parameter in linear.parameters()),
+            aliases=tuple(names[id(linear)][1:]),
+            reason=_structural_reason(linear, bool(numbered), owners, recorder),
+        )
+        # After the convolutions before it, before the next: half a place, and in the order of calls.
+        place = numbered[0][1].convolutions_before - 0.5 + numbered[0][0] * 1e-6 if numbered else None
+        sites.append((site, place))
     return sites
 
 
@@ -287,18 +351,20 @@ def _weight_owners(model: nn.Module) -> Counter[int]:
 
 
 def _structural_reason(
-    conv: _ConvNd, operations: list[_Operation], owners: Counter[int], recorder: _Recorder
+    conv: _ConvNd | nn.Linear, is_called: bool, owners: Counter[int], recorder: _Recorder
 ) -> Reason | None:
     """Why no scheme can replace this module; None if schemes may try."""
     if isinstance(conv, _ConvTransposeNd):
         return Reason.TRANSPOSED
-    if not isinstance(conv, nn.Conv2d):
+    if not isinstance(conv, nn.Conv2d | nn.Linear):
         return Reason.NOT_CONV2D
-    if not operations:
+    if not is_called:
         return Reason.NOT_CALLED
     if nn.utils.parametrize.is_parametrized(conv) or not isinstance(conv._parameters.get("weight"), nn.Parameter):
         return Reason.PARAMETRIZED
-    if any(_is_overridden(conv, nn.Conv2d, method) for method in ("__call__", "forward", "_conv_forward")):
+    base = nn.Linear if isinstance(conv, nn.Linear) else nn.Conv2d
+    methods = [name for name in ("__call__", "forward", "_conv_forward") if hasattr(base, name)]
+    if any(_is_overridden(conv, base, method) for method in methods):
         return Reason.CUSTOM_FORWARD
     if _has_hooks(conv):
         return Reason.HAS_HOOKS

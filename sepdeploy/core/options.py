@@ -28,10 +28,13 @@ class ConvertOptions:
         input_shape: (C, H, W); None takes the preprocessing's size, or the images' own.
         scheme: Name of the scheme.
         scheme_options: Its hyper-parameters.
+        includes_linear: Whether to replace nn.Linear layers too, as 1x1 convolutions.
         max_drop_points: Limit of the guard; None replaces all that the scheme can make cheaper.
         target: Runtime that the promises are about.
         precision: Precision that the promises are about.
         formats: Files to make.
+        lowering: How separable forms are written down in the files: lowerings in the order of their application, none
+            if empty; None takes those that suit each file.
         transfer: 'anchored' or 'data-free'.
         calibration_images: Most calibration images to use.
         threads: Threads of the runtimes in the latency measurement.
@@ -52,10 +55,12 @@ class ConvertOptions:
     input_shape: tuple[int, int, int] | None = None
     scheme: str = "depthwise_separable"
     scheme_options: SchemeOptions = field(default_factory=SchemeOptions)
+    includes_linear: bool = False
     max_drop_points: float | None = None
     target: str = "ort"
     precision: Precision = Precision.FLOAT32
     formats: tuple[Format, ...] = (Format.ONNX, Format.TFLITE)
+    lowering: tuple[str, ...] | None = None
     transfer: str = "anchored"
     calibration_images: int = 512
     threads: int = 1
@@ -73,6 +78,8 @@ class ConvertOptions:
             raise UsageError(
                 f"--target {self.target} runs {TARGETS[self.target].value} files, which --formats leaves out; add it"
             )
+        if self.lowering is not None and len(set(self.lowering)) < len(self.lowering):
+            raise UsageError(f"--lowering names one twice: {','.join(self.lowering)}")
         if self.transfer not in ("anchored", "data-free"):
             raise UsageError(f"there is no transfer '{self.transfer}'; choose anchored or data-free")
         if self.max_drop_points is not None and not 0 <= self.max_drop_points <= 100:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Literal, get_args
 
-from sepdeploy.core.chain import ChainSum
+from sepdeploy.core.chain import ChainSum, Size
 from sepdeploy.errors import UsageError
 
-__all__ = ["Candidate", "Decision", "Kept", "Plan", "Reason", "Replaced", "SchemeOptions"]
+__all__ = [
+    "MAX_FACTORS",
+    "Candidate",
+    "Decision",
+    "GroupRounding",
+    "Kept",
+    "Plan",
+    "Policy",
+    "Reason",
+    "Replaced",
+    "SchemeOptions",
+]
 
 
 class Reason(Enum):
@@ -20,7 +32,7 @@ class Reason(Enum):
     NOT_CONV2D = "only 2-D convolutions have separable forms here"
     TRANSPOSED = "transposed convolutions are not supported yet"
     FUNCTIONAL = "it is a functional call, not an nn.Conv2d module, so it cannot be swapped"
-    CUSTOM_FORWARD = "its class overrides nn.Conv2d's computation"
+    CUSTOM_FORWARD = "its class overrides PyTorch's own computation"
     PARAMETRIZED = "its weight is recomputed on each call (parametrization or weight norm)"
     HAS_HOOKS = "it carries forward hooks, which a replacement would lose"
     SHARED_WEIGHT = "its weight is shared with another module"
@@ -29,6 +41,8 @@ class Reason(Enum):
     POINTWISE = "a 1x1 kernel has no spatial extent to separate"
     DEPTHWISE = "it is depthwise already"
     ONE_DIMENSIONAL_KERNEL = "a kernel of one row or one column has nothing to separate into two"
+    GROUPED = "it is grouped already, and the scheme is about convolutions that read every channel"
+    OPTIONS_DO_NOT_FIT = "the scheme's options do not fit its geometry"
     FEW_CHANNELS = "it reads fewer than 4 channels per group, too few for a separable form to pay"
     NOT_CHEAPER = "the separable form needs at least as many multiply-accumulates"
     SCHEME_IS_DENSE = "the dense scheme replaces nothing"
@@ -37,13 +51,36 @@ class Reason(Enum):
     REPLACEMENT_FAILS = "the network does not run with it replaced"
 
 
+Policy = Literal["normal", "linear", "bottleneck", "inverted"]
+"""How many middle channels: min(in, out), (in + out) / 2, max(in, out) / 4 or 4 * min(in, out)."""
+
+GroupRounding = Literal["auto", "uneven", "divisor", "padded"]
+"""What becomes of groups that do not divide the channels; see `SchemeOptions.group_rounding`."""
+
+
 @dataclass(frozen=True, slots=True)
 class SchemeOptions:
     """Hyper-parameters of the schemes; each scheme reads those that it has.
 
     Attributes:
         terms: Parallel depthwise-separable pairs T, at least 1.
-        rank_ratio: Middle channels of a spatial pair as a share of the full rank, in (0, 1].
+        rank_ratio: Middle channels of a spatial or low-rank pair as a share of the full rank, in (0, 1].
+        factors: Convolutions in an optimized-separable chain, N, at least 1; None takes the N with the fewest weights.
+        overlap: Overlap coefficient gamma, above 0: how many paths lead from each input to each output channel. Below 1
+            the outputs no longer see every input channel.
+        policy: How many middle channels an optimized-separable chain has.
+        middle_channels: The middle channels themselves, N - 1 of them or one for all; empty takes the policy.
+        kernel_position: Which factor has the KxK kernel (the Kx1 one, the 1xK one following), from 1; None tries the
+            first and the last and takes the better.
+        kernel_sizes: (Kh, Kw) of each factor; empty leaves it to `kernel_position`.
+        groups: Groups of each factor, None where they are to be found; empty finds all. For the grouped scheme one
+            number, 4 if empty.
+        min_group_channels: Fewest channels that a group of an optimized-separable or grouped convolution may read or
+            return. Grouped int8 kernels are slow below 8; 16 or 32 suit vector units better.
+        group_rounding: 'uneven' keeps the best number of groups, some of which then have one channel more than
+            others; 'divisor' takes the best number that divides the channels, one plain grouped convolution;
+            'auto' takes 'divisor' where it costs at most a tenth more weights; 'padded' fills groups up with zeros, as
+            the authors of the method do.
 
     Raises:
         UsageError: if a value is outside its range.
@@ -51,12 +88,34 @@ class SchemeOptions:
 
     terms: int = 2
     rank_ratio: float = 0.25
+    factors: int | None = 2
+    overlap: float = 1.0
+    policy: Policy = "normal"
+    middle_channels: tuple[int, ...] = ()
+    kernel_position: int | None = None
+    kernel_sizes: tuple[Size, ...] = ()
+    groups: tuple[int | None, ...] = ()
+    min_group_channels: int = 1
+    group_rounding: GroupRounding = "auto"
 
     def __post_init__(self) -> None:
         if self.terms < 1:
             raise UsageError(f"--terms must be at least 1, got {self.terms}")
         if not 0 < self.rank_ratio <= 1:
             raise UsageError(f"--rank-ratio must be above 0 and at most 1, got {self.rank_ratio}")
+        if self.factors is not None and not 1 <= self.factors <= MAX_FACTORS:
+            raise UsageError(f"--factors must be 1 to {MAX_FACTORS} or 'optimal', got {self.factors}")
+        if not 0 < self.overlap < math.inf:
+            raise UsageError(f"--overlap must be a number above 0, got {self.overlap}")
+        if self.policy not in get_args(Policy) or self.group_rounding not in get_args(GroupRounding):
+            raise UsageError(f"there is no policy '{self.policy}' or group rounding '{self.group_rounding}'")
+        counts = (*self.middle_channels, *(g for g in self.groups if g is not None), *sum(self.kernel_sizes, ()))
+        if min((*counts, self.min_group_channels, self.kernel_position or 1)) < 1:
+            raise UsageError("middle channels, kernel sizes, groups and --min-group-channels must be at least 1")
+
+
+MAX_FACTORS = 12
+"""Most factors in a chain: log(C * K * K) of a layer with 16,000 channels at 3x3."""
 
 
 @dataclass(frozen=True, slots=True)

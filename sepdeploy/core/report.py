@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.measurement import Latency, Quality
+from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Plan
 
 __all__ = [
@@ -143,6 +144,8 @@ class Report:
         validation: Images that quality is measured on and that the guard decided by.
         original: Cost of the original network.
         converted: Cost of the converted one.
+        original_memory: Peak activation memory of the original network.
+        converted_memory: The same of the converted one.
         plan: What became of each convolution.
         transfer: One entry per replaced convolution.
         guard: The growth of the replaced set, step by step.
@@ -166,6 +169,8 @@ class Report:
     validation: DataSummary
     original: NetworkCost
     converted: NetworkCost
+    original_memory: ActivationMemory
+    converted_memory: ActivationMemory
     plan: Plan
     transfer: tuple[LayerTransfer, ...]
     guard: tuple[GuardStep, ...]

@@ -12,16 +12,31 @@ from sepdeploy.core.chain import Chain, ChainSum
 from sepdeploy.core.conv import ConvSite, Trace
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
 from sepdeploy.core.quiet import error_summary
-from sepdeploy.errors import ContractError
+from sepdeploy.errors import ContractError, UsageError
 from sepdeploy.passes.replace_convs import copy_network, replace_modules
-from sepdeploy.schemes.module import ChainConv2d
+from sepdeploy.schemes.kernels import kernel_error
+from sepdeploy.schemes.module import ChainConv2d, chain_class, layer_kernel
 from sepdeploy.schemes.scheme import Scheme, find_scheme
 
 __all__ = ["drop_failing", "find_candidate", "propose_plan"]
 
 
-def find_candidate(site: ConvSite, scheme: Scheme, options: SchemeOptions) -> Candidate | Kept:
-    """The separable form of one convolution, or why it stays dense."""
+_MACS_ALLOWANCE = 1.1
+"""Alternatives within this of the fewest MACs count as equally cheap: then the nearer to the kernel is better."""
+
+
+def find_candidate(
+    site: ConvSite, scheme: Scheme, options: SchemeOptions, weight: Tensor | None = None
+) -> Candidate | Kept:
+    """The separable form of one convolution, or why it stays dense.
+
+    Args:
+        site: The convolution.
+        scheme: What it is to become.
+        options: Hyper-parameters of the scheme.
+        weight: Its kernel, (O, I / groups, Kh, Kw): where the options leave several forms of about the same cost, the
+            one nearest to it is taken; None takes the scheme's first.
+    """
     if site.reason is not None:
         return Kept(site.reason)
     if site.spec is None:
@@ -29,22 +44,43 @@ def find_candidate(site: ConvSite, scheme: Scheme, options: SchemeOptions) -> Ca
     refusal = scheme.check(site.spec)
     if refusal is not None:
         return Kept(refusal)
-    form = scheme.design(site.spec, options)
+    try:
+        forms = (scheme.design(site.spec, options), *scheme.alternatives(site.spec, options))
+    except UsageError as error:
+        return Kept(Reason.OPTIONS_DO_NOT_FIT, str(error))
+    macs = {form: _macs_of(form, site) for form in forms}
+    fewest = min(macs.values())
+    if fewest >= site.macs:
+        return Kept(Reason.NOT_CHEAPER, f"{fewest} MACs against {site.macs}")
+    cheap = [form for form in forms if macs[form] <= min(_MACS_ALLOWANCE * fewest, site.macs)]
+    if len(cheap) > 1 and weight is not None:
+        chosen = min(cheap, key=lambda form: kernel_error(weight, form, scheme))
+    else:
+        chosen = cheap[0]
+    # Every converted layer has a bias: the anchored solve sets one.
+    return Candidate(scheme.name, chosen, macs[chosen], chosen.params + site.spec.out_channels)
+
+
+def _macs_of(form: ChainSum, site: ConvSite) -> int:
+    """Multiply-accumulates of a form over all calls of a convolution."""
     macs = 0
     for call in site.calls:
         images, _, height, width = call.input_shape
-        if site.spec.padding_mode != "zeros":
+        if site.spec is not None and site.spec.padding_mode != "zeros":
             top, bottom, left, right = site.spec.padding
             height, width = height + top + bottom, width + left + right
         macs += form.macs((height, width)) * images
-    if macs >= site.macs:
-        return Kept(Reason.NOT_CHEAPER, f"{macs} MACs against {site.macs}")
-    # Every converted layer has a bias: the anchored solve sets one.
-    return Candidate(scheme.name, form, macs, form.params + site.spec.out_channels)
+    return macs
 
 
-def propose_plan(trace: Trace, scheme_name: str, options: SchemeOptions) -> Plan:
+def propose_plan(trace: Trace, scheme_name: str, options: SchemeOptions, network: nn.Module | None = None) -> Plan:
     """A plan that replaces every convolution that the scheme can make cheaper.
+
+    Args:
+        trace: The network's convolutions.
+        scheme_name: Name in the registry.
+        options: Hyper-parameters of the scheme.
+        network: The trained network, to choose by its weights where the options leave a choice.
 
     Raises:
         UsageError: if there is no scheme of that name.
@@ -52,7 +88,9 @@ def propose_plan(trace: Trace, scheme_name: str, options: SchemeOptions) -> Plan
     scheme = find_scheme(scheme_name)
     decisions = []
     for site in trace.sites:
-        found = find_candidate(site, scheme, options)
+        module = network.get_submodule(site.name) if network is not None and site.reason is None else None
+        weight = layer_kernel(module) if module is not None else None
+        found = find_candidate(site, scheme, options, weight)
         outcome = found if isinstance(found, Kept) else Replaced(found)
         decisions.append(Decision(site.name, site.macs, site.params, outcome))
     return Plan(scheme_name, options, tuple(decisions))
@@ -106,11 +144,12 @@ def _failure(original: nn.Module, trace: Trace, names: tuple[str, ...], example:
 
 def _twin(conv: nn.Module, site: ConvSite) -> ChainConv2d:
     """The convolution itself, as a chain of one factor."""
-    if site.spec is None or not isinstance(conv, nn.Conv2d):
-        raise ContractError(f"{site.name} is no plain 2-D convolution")
+    if site.spec is None:
+        raise ContractError(f"{site.name} has no geometry")
+    kernel = layer_kernel(conv)
     form = ChainSum((Chain((site.spec.as_factor(),)),))
-    twin = ChainConv2d(form, site.spec, bias=site.spec.has_bias, dtype=conv.weight.dtype).eval()
-    twin.set_weights(((conv.weight,),), conv.bias)
+    twin = chain_class(conv)(form, site.spec, bias=site.spec.has_bias, dtype=kernel.dtype).eval()
+    twin.set_weights(((kernel,),), getattr(conv, "bias", None))
     return twin
 
 

@@ -23,7 +23,10 @@ class Dense:
     """One factor: the convolution itself."""
 
     name: str = "dense"
+    prefix: str = ""
     summary: str = "the convolution as it is"
+    complexity: str = "C**2 * K**2"
+    option_names: tuple[str, ...] = ()
 
     def check(self, spec: ConvSpec) -> Reason | None:  # noqa: ARG002 (part of the protocol)
         """Dense never replaces anything."""
@@ -32,6 +35,10 @@ class Dense:
     def design(self, spec: ConvSpec, options: SchemeOptions) -> ChainSum:  # noqa: ARG002 (part of the protocol)
         """The convolution as a chain of one factor."""
         return ChainSum((Chain((spec.as_factor(),)),))
+
+    def alternatives(self, spec: ConvSpec, options: SchemeOptions) -> tuple[ChainSum, ...]:  # noqa: ARG002 (protocol)
+        """None."""
+        return ()
 
     def factorize(self, weight: Tensor, form: ChainSum, moments: Tensor | None = None) -> FactorWeights:  # noqa: ARG002
         """The kernel itself."""

@@ -27,7 +27,10 @@ class DepthwiseSeparable:
     """A sum of T pairs depthwise KxK, pointwise 1x1; the pointwise one keeps the groups of the original."""
 
     name: str = "depthwise_separable"
+    prefix: str = "d-"
     summary: str = "sum of T pairs: depthwise KxK, then pointwise 1x1"
+    complexity: str = "T * C * (C + K**2)"
+    option_names: tuple[str, ...] = ("terms",)
 
     def check(self, spec: ConvSpec) -> Reason | None:
         """Refuse what has no spatial extent, is depthwise already, or reads too few channels."""
@@ -56,6 +59,10 @@ class DepthwiseSeparable:
             in_channels=spec.in_channels, out_channels=spec.out_channels, kernel_size=(1, 1), groups=spec.groups
         )
         return ChainSum((Chain((depthwise, pointwise)),) * terms)
+
+    def alternatives(self, spec: ConvSpec, options: SchemeOptions) -> tuple[ChainSum, ...]:  # noqa: ARG002 (protocol)
+        """None."""
+        return ()
 
     def factorize(self, weight: Tensor, form: ChainSum, moments: Tensor | None = None) -> FactorWeights:
         """Truncated SVD per input channel of its (Kh * Kw, O / groups) slice of the kernel.

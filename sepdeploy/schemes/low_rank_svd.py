@@ -13,7 +13,9 @@ _LEAST_ENERGY = 1e-4
 _DAMPING = 1e-6  # of the mean eigenvalue: keeps the whitening finite for dead or constant inputs
 
 
-def factor_matrices(matrices: Tensor, rank: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def factor_matrices(
+    matrices: Tensor, rank: int, moments: Tensor | None = None, moments_of: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The best rank-`rank` factors of each matrix, on inputs with the given second moments.
 
     Minimizes E |x^T M - x^T left right|^2 over x with E[x x^T] = S: the truncated SVD of S^(1/2) M, mapped back
@@ -23,6 +25,7 @@ def factor_matrices(matrices: Tensor, rank: int, moments: Tensor | None = None) 
         matrices: (B, n, m), inputs along the rows.
         rank: Number of components, 1 <= rank <= min(n, m).
         moments: (B, n, n) symmetric positive semi-definite, any scale; None for the identity.
+        moments_of: (B,) which of the `moments` (G, n, n) each matrix has; None for one each.
 
     Returns:
         left: (B, n, rank), applied to the inputs first.
@@ -33,17 +36,35 @@ def factor_matrices(matrices: Tensor, rank: int, moments: Tensor | None = None) 
     """
     work = matrices.double()
     if moments is None:
-        u, s, vh = torch.linalg.svd(work, full_matrices=False)
-        scale = s[:, :rank].sqrt()
-        left, right = u[:, :, :rank] * scale[:, None, :], vh[:, :rank] * scale[:, :, None]
+        left, right = _top_components(work, rank)
+        scale = right.norm(dim=2).clamp_min(torch.finfo(work.dtype).tiny).sqrt()
+        left, right = left * scale[:, None, :], right / scale[:, :, None]
     else:
         root, inverse_root = _square_roots(moments.double())
-        u, s, vh = torch.linalg.svd(root @ work, full_matrices=False)
-        left, right = inverse_root @ u[:, :, :rank], vh[:, :rank] * s[:, :rank, None]
+        if moments_of is not None:
+            root, inverse_root = root[moments_of], inverse_root[moments_of]
+        left, right = _top_components(root @ work, rank)
+        left = inverse_root @ left
         # Even outputs, but no amplifying of directions that the inputs hardly have: that would be rounding noise.
         energy = (1 + _LEAST_ENERGY * left.square().sum(1)).sqrt()
         left, right = left / energy[:, None, :], right * energy[:, :, None]
     return left.to(matrices.dtype), right.to(matrices.dtype)
+
+
+def _top_components(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading left singular vectors (B, n, rank), and times what (B, rank, m) they give the best approximation.
+
+    From the eigenvectors of the smaller Gram matrix, several times faster than a batched SVD. Their rounding only
+    matters for components below 1e-8 of the largest; at full rank the vectors span everything whatever their order.
+    """
+    rows, columns = matrices.shape[1:]
+    if rows <= columns:
+        left = torch.linalg.eigh(matrices @ matrices.mT).eigenvectors.flip(2)[:, :, :rank]
+        return left, left.mT @ matrices
+    right = torch.linalg.eigh(matrices.mT @ matrices).eigenvectors.flip(2)[:, :, :rank].mT
+    scaled = matrices @ right.mT
+    size = scaled.norm(dim=1).clamp_min(torch.finfo(matrices.dtype).tiny)
+    return scaled / size[:, None], right * size[:, :, None]
 
 
 def _square_roots(moments: Tensor) -> tuple[Tensor, Tensor]:

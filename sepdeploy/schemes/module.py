@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Self
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from torch import Tensor, nn
 
-from sepdeploy.core.chain import ChainSum, Factor, Shuffle
+from sepdeploy.core.chain import Chain, ChainSum, Factor, Towers
 from sepdeploy.core.conv import ConvSpec
-from sepdeploy.errors import UsageError
+from sepdeploy.errors import ContractError, UsageError
+from sepdeploy.schemes.kernels import compose_kernels
 from sepdeploy.schemes.scheme import FactorWeights
+from sepdeploy.schemes.stage_modules import (
+    FactorModule,
+    ParallelTowers,
+    UnevenConv2d,
+    chain_modules,
+    chain_pairs,
+)
+from sepdeploy.schemes.weighted import WeightedChain, WeightedStage, WeightedSum, form_of
 
-__all__ = ["ChainConv2d", "compose_kernels"]
+__all__ = ["ChainConv2d", "ChainLinear", "batchnorm_affine", "chain_class", "layer_kernel", "read_weight"]
 
 
 class ChainConv2d(nn.Module):
@@ -25,13 +37,14 @@ class ChainConv2d(nn.Module):
     Args:
         form: The chains.
         spec: Geometry of the convolution that it replaces.
-        bias: Whether there is a bias, whatever `spec` says: transfer may need one where the original had none.
+        bias: Whether to add a bias to the form's output, whatever `spec` says: transfer may need one where the
+            original had none. A form that has one already keeps it.
         dtype: Type of the weights.
     """
 
     def __init__(self, form: ChainSum, spec: ConvSpec, *, bias: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.form = form
+        self.form = form.with_output_bias() if bias else form
         self.spec = spec
         self.in_channels = spec.in_channels
         self.out_channels = spec.out_channels
@@ -41,56 +54,98 @@ class ChainConv2d(nn.Module):
         self.dilation = spec.dilation
         self.groups = spec.groups
         self.padding_mode = spec.padding_mode
-        self.terms = nn.ModuleList()
-        for index, chain in enumerate(form.terms):
-            last = len(chain.factors) - 1
-            stages: list[nn.Module] = []
-            for stage in chain.stages:
-                if isinstance(stage, Shuffle):
-                    stages.append(nn.ChannelShuffle(stage.groups))
-                else:
-                    seen = sum(isinstance(module, nn.Conv2d) for module in stages)
-                    stages += _factor_modules(stage, bias=bias and index == 0 and seen == last, dtype=dtype)
-            self.terms.append(nn.Sequential(*stages))
+        self.terms = nn.ModuleList(nn.Sequential(*chain_modules(chain, dtype)) for chain in self.form.terms)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` (N, C, H, W) or (C, H, W); named as nn.Conv2d names it, for calls by keyword."""
-        x = input
-        if self.padding_mode != "zeros":
-            top, bottom, left, right = self.spec.padding
-            x = F.pad(x, (left, right, top, bottom), mode=self.padding_mode)
+        x = self.pad(input)
         out: Tensor = self.terms[0](x)
         for term in self.terms[1:]:
             out = out + term(x)
         return out
 
-    def factor_modules(self) -> list[list[nn.Conv2d]]:
-        """The convolution modules of each term, in order."""
-        return [[stage for stage in term.children() if isinstance(stage, nn.Conv2d)] for term in self.terms]
+    def pad(self, x: Tensor) -> Tensor:
+        """Apply a padding mode other than zeros, which no factor does itself."""
+        if self.padding_mode == "zeros":
+            return x
+        top, bottom, left, right = self.spec.padding
+        return F.pad(x, (left, right, top, bottom), mode=self.padding_mode)
+
+    def factor_modules(self) -> list[list[FactorModule]]:
+        """The module of each factor, per term, in order."""
+        return [
+            [_factor_module(module) for stage, module in _leaf_pairs(chain, term) if isinstance(stage, Factor)]
+            for chain, term in zip(self.form.terms, self.terms, strict=True)
+        ]
+
+    def factor_weights(self) -> FactorWeights:
+        """Kernels (O, in_per_group, Kh, Kw) per term and factor, attached to the parameters."""
+        return tuple(
+            tuple(read_weight(module, factor) for module, factor in zip(modules, chain.factors, strict=True))
+            for modules, chain in zip(self.factor_modules(), self.form.terms, strict=True)
+        )
 
     @property
     def bias(self) -> Tensor | None:
         """The bias (O,), None if there is none."""
-        return self.factor_modules()[0][-1].bias
+        last = self._last_modules()[0].bias
+        return None if last is None else last[: self.out_channels]
+
+    def _last_modules(self) -> list[FactorModule]:
+        """The module of each term's last factor.
+
+        Raises:
+            UsageError: if a term ends in something else, as lowered ones may.
+        """
+        if not all(isinstance(chain.stages[-1], Factor) for chain in self.form.terms):
+            raise UsageError("a form whose terms do not all end in a convolution has no place for a bias or a scale")
+        return [modules[-1] for modules in self.factor_modules()]
 
     @property
     def weight(self) -> Tensor:
         """The equivalent dense kernel (O, I / groups, Kh, Kw); computed anew on each access, not a parameter."""
-        return compose_kernels(
-            tuple(tuple(module.weight for module in term) for term in self.factor_modules()), self.form, self.groups
-        )
+        return compose_kernels(self.factor_weights(), self.form, self.groups)
 
     @torch.no_grad()
     def set_weights(self, weights: FactorWeights, bias: Tensor | None = None) -> None:
-        """Copy factor weights, per term and factor, and the bias (O,) into the module."""
+        """Copy factor weights, per term and factor, and the bias (O,) into the module; None is a bias of zeros.
+
+        Raises:
+            UsageError: if there is a bias but the module was made without one.
+        """
         for modules, values in zip(self.factor_modules(), weights, strict=True):
             for module, value in zip(modules, values, strict=True):
-                module.weight.copy_(value)
-        own = self.bias
-        if own is not None:
-            own.zero_() if bias is None else own.copy_(bias)
+                _write_weight(module, value)
+        if self.bias is not None:
+            self.set_bias(torch.zeros(self.out_channels) if bias is None else bias)
         elif bias is not None:
             raise UsageError("this ChainConv2d was made without a bias")
+
+    @torch.no_grad()
+    def set_bias(self, bias: Tensor) -> None:
+        """Set the bias (O,), whether there was one or not."""
+        _write_bias(self._last_modules()[0], bias)
+        self.form = self.form.with_output_bias()
+
+    @torch.no_grad()
+    def scale_outputs(self, scale: Tensor, shift: Tensor) -> None:
+        """Fold y -> scale * y + shift, (O,) each, into the last factors and the bias, in float64."""
+        old = self.bias
+        for module, weights in zip(self._last_modules(), self.factor_weights(), strict=True):
+            _write_weight(module, weights[-1].double() * scale.double()[:, None, None, None])
+        self.set_bias(shift if old is None else old.double() * scale + shift)
+
+    def weighted(self) -> WeightedSum:
+        """The terms with copies of their weights."""
+        return tuple(_weighted(chain, term) for chain, term in zip(self.form.terms, self.terms, strict=True))
+
+    @classmethod
+    def from_weighted(cls, terms: WeightedSum, spec: ConvSpec, *, dtype: torch.dtype = torch.float32) -> Self:
+        """The module that runs `terms` in place of a convolution of geometry `spec`, in eval mode."""
+        module = cls(form_of(terms), spec, bias=False, dtype=dtype)
+        for values, chain, term in zip(terms, module.form.terms, module.terms, strict=True):
+            _write(values, chain, term)
+        return module.eval()
 
     def extra_repr(self) -> str:
         """Geometry, for print(model)."""
@@ -100,67 +155,130 @@ class ChainConv2d(nn.Module):
         )
 
 
-def _factor_modules(factor: Factor, *, bias: bool, dtype: torch.dtype) -> list[nn.Module]:
-    """An nn.Conv2d, with an nn.ZeroPad2d before it if the padding is not symmetric."""
-    top, bottom, left, right = factor.padding
-    is_symmetric = top == bottom and left == right
-    conv = nn.Conv2d(
-        factor.in_channels,
-        factor.out_channels,
-        factor.kernel_size,
-        stride=factor.stride,
-        padding=(top, left) if is_symmetric else 0,
-        dilation=factor.dilation,
-        groups=factor.groups,
-        bias=bias,
-        dtype=dtype,
-    )
-    return [conv] if is_symmetric else [nn.ZeroPad2d((left, right, top, bottom)), conv]
+class ChainLinear(ChainConv2d):
+    """A linear layer written as a sum of chains of 1x1 convolutions; takes (..., in_features), as nn.Linear does."""
+
+    def __init__(self, form: ChainSum, spec: ConvSpec, *, bias: bool, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(form, spec, bias=bias, dtype=dtype)
+        self.in_features = spec.in_channels
+        self.out_features = spec.out_channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        out = super().forward(input.reshape(-1, self.in_features, 1, 1))
+        return out.reshape(*input.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The equivalent matrix (out_features, in_features); computed anew on each access, not a parameter."""
+        return compose_kernels(self.factor_weights(), self.form)[:, :, 0, 0]
 
 
-def compose_kernels(weights: FactorWeights, form: ChainSum, groups: int) -> Tensor:
-    """The dense kernel that a sum of chains without shuffles computes.
+def chain_class(layer: nn.Module) -> type[ChainConv2d]:
+    """What takes the place of an nn.Conv2d or nn.Linear."""
+    return ChainLinear if isinstance(layer, nn.Linear) else ChainConv2d
 
-    Two correlations in a row are the correlation with the full convolution of their kernels.
 
-    Args:
-        weights: Per term and factor.
-        form: The chains that the weights belong to.
-        groups: Groups of the dense kernel; every chain must respect them.
-
-    Returns:
-        (O, I / groups, Kh, Kw).
+def layer_kernel(layer: nn.Module) -> Tensor:
+    """The kernel (O, I / groups, Kh, Kw) of an nn.Conv2d, or of an nn.Linear as a 1x1 convolution.
 
     Raises:
-        UsageError: if there is a shuffle or no term.
+        ContractError: if it is neither.
     """
-    if any(isinstance(stage, Shuffle) for chain in form.terms for stage in chain.stages):
-        raise UsageError("the dense kernel of a chain with shuffles is not available")
-    total: Tensor | None = None
-    for term, chain in zip(weights, form.terms, strict=True):
-        factors = chain.factors
-        kernel = _ungrouped(term[0], factors[0].groups)
-        for weight, factor in zip(term[1:], factors[1:], strict=True):
-            second = _ungrouped(weight, factor.groups)
-            height, width = second.shape[-2:]
-            # (I, mid, kh, kw) images convolved with the flipped second kernel give (I, O, kh', kw').
-            images = kernel.transpose(0, 1)
-            kernel = F.conv2d(images, second.flip(2, 3), padding=(height - 1, width - 1)).transpose(0, 1)
-        total = kernel if total is None else total + kernel
-    if total is None:
-        raise UsageError("a sum of no chains has no kernel")
-    out_channels, in_channels = total.shape[:2]
-    blocks = total.reshape(groups, out_channels // groups, groups, in_channels // groups, *total.shape[2:])
-    index = torch.arange(groups)
-    return blocks[index, :, index].reshape(out_channels, in_channels // groups, *total.shape[2:])
+    if isinstance(layer, nn.Linear):
+        return layer.weight.detach()[:, :, None, None]
+    if isinstance(layer, nn.Conv2d):
+        return layer.weight.detach()
+    raise ContractError(f"a {type(layer).__name__} is neither an nn.Conv2d nor an nn.Linear")
 
 
-def _ungrouped(weight: Tensor, groups: int) -> Tensor:
-    """A grouped kernel (O, I / groups, Kh, Kw) as the block-diagonal dense one (O, I, Kh, Kw)."""
-    if groups == 1:
-        return weight
-    out_channels, in_per_group = weight.shape[:2]
-    dense = weight.new_zeros(groups, out_channels // groups, groups, in_per_group, *weight.shape[2:])
-    index = torch.arange(groups)
-    dense[index, :, index] = weight.reshape(groups, out_channels // groups, in_per_group, *weight.shape[2:])
-    return dense.reshape(out_channels, groups * in_per_group, *weight.shape[2:])
+def read_weight(module: FactorModule, factor: Factor) -> Tensor:
+    """The kernel (O, in_per_group, Kh, Kw) of a factor's module; filling beyond its channels is cut off."""
+    return module.weight[: factor.out_channels]
+
+
+def _leaf_pairs(chain: Chain, modules: nn.Module) -> Iterator[tuple[object, nn.Module]]:
+    """Stages and their modules, those of towers branch by branch, as `Chain.leaves` orders them."""
+    for stage, module in chain_pairs(chain, modules):
+        if isinstance(stage, Towers) and isinstance(module, ParallelTowers):
+            for branch, branch_modules in zip(stage.branches, module.branches, strict=True):
+                yield from _leaf_pairs(branch, branch_modules)
+        else:
+            yield stage, module
+
+
+def _factor_module(module: nn.Module) -> FactorModule:
+    if not isinstance(module, nn.Conv2d | UnevenConv2d):
+        raise ContractError(f"a factor runs as {type(module).__name__}")
+    return module
+
+
+@torch.no_grad()
+def _write_weight(module: FactorModule, weight: Tensor) -> None:
+    if isinstance(module, UnevenConv2d):
+        module.set_weight(weight)
+    else:
+        module.weight[: len(weight)].copy_(weight)  # maybe onto itself
+        module.weight[len(weight) :].zero_()
+
+
+@torch.no_grad()
+def _write_bias(module: FactorModule, bias: Tensor) -> None:
+    if isinstance(module, UnevenConv2d):
+        module.set_bias(bias)
+    else:
+        filled = F.pad(bias.detach(), (0, module.out_channels - len(bias))).to(module.weight.dtype)
+        if module.bias is None:
+            module.bias = nn.Parameter(filled.clone())
+        else:
+            module.bias.copy_(filled)
+
+
+def _weighted(chain: Chain, modules: nn.Module) -> WeightedChain:
+    items = []
+    for stage, module in chain_pairs(chain, modules):
+        weight = bias = None
+        branches: tuple[WeightedChain, ...] = ()
+        if isinstance(stage, Factor):
+            own = _factor_module(module)
+            weight = read_weight(own, stage).detach().clone()
+            bias = None if own.bias is None else own.bias[: stage.out_channels].detach().clone()
+        elif isinstance(module, nn.BatchNorm2d):
+            weight, bias = batchnorm_affine(module)
+        elif isinstance(stage, Towers) and isinstance(module, ParallelTowers):
+            branches = tuple(_weighted(b, m) for b, m in zip(stage.branches, module.branches, strict=True))
+        items.append(WeightedStage(stage, weight, bias, branches))
+    return tuple(items)
+
+
+@torch.no_grad()
+def _write(values: WeightedChain, chain: Chain, modules: nn.Module) -> None:
+    for item, (stage, module) in zip(values, chain_pairs(chain, modules), strict=True):
+        if isinstance(module, nn.BatchNorm2d) and item.weight is not None and item.bias is not None:
+            module.eps = 0.0  # with mean 0 and variance 1 the norm is just its affine part
+            module.weight.copy_(item.weight)
+            module.bias.copy_(item.bias)
+        elif isinstance(stage, Towers) and isinstance(module, ParallelTowers):
+            for branch, form, inner in zip(item.branches, stage.branches, module.branches, strict=True):
+                _write(branch, form, inner)
+        elif isinstance(stage, Factor) and item.weight is not None:
+            _write_weight(_factor_module(module), item.weight)
+            if item.bias is not None:
+                _write_bias(_factor_module(module), item.bias)
+
+
+def batchnorm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) in float64 that a batch norm applies in eval mode.
+
+    Raises:
+        ContractError: if it has no running statistics.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ContractError("a batch norm without running statistics cannot be folded")
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale, shift

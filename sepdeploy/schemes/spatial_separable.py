@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Chain, ChainSum, Factor
 from sepdeploy.core.plan import Reason
-from sepdeploy.schemes.scheme import MIN_CHANNELS_PER_GROUP
+from sepdeploy.schemes.scheme import MIN_CHANNELS_PER_GROUP, rounded_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEME", "SpatialSeparable"]
 
-_RANK_MULTIPLE = 8
-"""Middle channels are rounded to this: kernels work on blocks of channels and waste what does not fill one."""
-
 
 @dataclass(frozen=True, slots=True)
 class SpatialSeparable:
     """Kx1 to r middle channels per group, then 1xK; the groups of the original are kept in both."""
 
     name: str = "spatial_separable"
+    prefix: str = "s-"
     summary: str = "Kx1 to r middle channels, then 1xK"
+    complexity: str = "2 * C * r * K"
+    option_names: tuple[str, ...] = ("rank_ratio",)
 
     def check(self, spec: ConvSpec) -> Reason | None:
         """Refuse kernels without two spatial dimensions, depthwise ones and those that read too few channels."""
@@ -45,9 +45,7 @@ class SpatialSeparable:
         """Rank r = rank_ratio * min(I * Kh, O * Kw) per group, rounded to a multiple of 8 below the full rank."""
         in_per_group, out_per_group = spec.in_channels // spec.groups, spec.out_channels // spec.groups
         full = min(in_per_group * spec.kernel_size[0], out_per_group * spec.kernel_size[1])
-        rank = max(1, round(options.rank_ratio * full))
-        if _RANK_MULTIPLE <= rank < full:
-            rank = min(full, round(rank / _RANK_MULTIPLE) * _RANK_MULTIPLE)
+        rank = rounded_rank(options.rank_ratio, full)
         top, bottom, left, right = spec.zero_padding
         vertical = Factor(
             in_channels=spec.in_channels,
@@ -68,6 +66,10 @@ class SpatialSeparable:
             groups=spec.groups,
         )
         return ChainSum((Chain((vertical, horizontal)),))
+
+    def alternatives(self, spec: ConvSpec, options: SchemeOptions) -> tuple[ChainSum, ...]:  # noqa: ARG002 (protocol)
+        """None."""
+        return ()
 
     def factorize(self, weight: Tensor, form: ChainSum, moments: Tensor | None = None) -> FactorWeights:
         """Truncated SVD of the (I * Kh, O * Kw) matrix of each group.

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from torch import Tensor, nn
 
-from sepdeploy.core.conv import ConvSite, ConvSpec
+from sepdeploy.core.conv import ConvSite
 from sepdeploy.core.plan import Candidate
 from sepdeploy.core.report import LayerTransfer
 from sepdeploy.errors import ContractError, UnsupportedModelError
-from sepdeploy.schemes.module import ChainConv2d, compose_kernels
-from sepdeploy.schemes.scheme import find_scheme
+from sepdeploy.schemes.kernels import compose_kernels, join_groups, split_groups
+from sepdeploy.schemes.module import ChainConv2d, chain_class, layer_kernel
+from sepdeploy.schemes.scheme import Scheme, find_scheme
 from sepdeploy.transfer.moments import LeastSquaresSums, patch_moments, patches
 from sepdeploy.transfer.prefix import run_until
 from sepdeploy.transfer.refine import MAX_WINDOW_FEATURES, refine_factors
@@ -42,6 +42,9 @@ _HELD_OUT_RATIO = 0.25
 _ENOUGH_POSITIONS = 2**17
 _ENOUGH_IMAGES = 128
 """A solve stops reading images once it has this many of both: early layers have thousands of positions per image."""
+
+_SAME_KERNEL = 1e-6
+"""Relative change of a kernel below which two factorizations compute the same."""
 
 _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -71,43 +74,50 @@ def transfer_layer(
     if site.spec is None:
         raise ContractError(f"{site.name} has no 2-D geometry")
     conv = original.get_submodule(site.name)
-    if not isinstance(conv, nn.Conv2d):
-        raise ContractError(f"{site.name} is no nn.Conv2d")
-    weight = conv.weight.detach()
+    weight = layer_kernel(conv)
+    bias = getattr(conv, "bias", None)
     scheme = find_scheme(candidate.scheme)
     data_free = scheme.factorize(weight, candidate.form)
     approximation = compose_kernels(data_free, candidate.form, site.spec.groups)
     kernel_error = float((approximation.double() - weight.double()).norm() / weight.double().norm().clamp_min(1e-30))
     has_bias = method == "anchored" or site.spec.has_bias
-    module = ChainConv2d(candidate.form, site.spec, bias=has_bias, dtype=weight.dtype).eval()
-    module.set_weights(data_free, conv.bias)
+    module = chain_class(conv)(candidate.form, site.spec, bias=has_bias, dtype=weight.dtype).eval()
+    module.set_weights(data_free, bias)
     if method == "data-free":
         return module, LayerTransfer(site.name, kernel_error, None, "data-free")
 
-    moments = _input_moments(converted, site, candidate, batches)
-    module.set_weights(scheme.factorize(weight, candidate.form, moments), conv.bias)
+    moments = _input_moments(module, converted, site, batches)
+    module.set_weights(scheme.factorize(weight, candidate.form, moments), bias)
     output_error = _solve(module, original, converted, site, batches)
-    # The solve leaves terms that partly cancel each other, which int8 cannot afford. Factorizing the kernel that they
-    # compute anew changes nothing (its rank is within the form's) but gives orthogonal terms of even scale.
-    solved = compose_kernels(
-        tuple(tuple(conv.weight.double() for conv in term) for term in module.factor_modules()),
-        candidate.form,
-        site.spec.groups,
-    )
-    module.set_weights(scheme.factorize(solved, candidate.form, moments), module.bias)
+    _factorize_anew(module, scheme, moments)
     return module, LayerTransfer(site.name, kernel_error, output_error, "anchored")
 
 
-def _input_moments(converted: nn.Module, site: ConvSite, candidate: Candidate, batches: Batches) -> Tensor:
+def _factorize_anew(module: ChainConv2d, scheme: Scheme, moments: Tensor) -> None:
+    """Factorize the kernel that the solve found once more, for weights that int8 can hold; in place.
+
+    The solve leaves terms that partly cancel each other, which int8 cannot afford. Where the closed form is exact for
+    a kernel that the form can hold, its factors compute the same but are orthogonal and of even scale.
+    """
+    solved = compose_kernels(
+        tuple(tuple(weight.double() for weight in term) for term in module.factor_weights()), module.form, module.groups
+    )
+    weights = scheme.factorize(solved, module.form, moments)
+    change = compose_kernels(weights, module.form, module.groups) - solved
+    if float(change.norm()) <= _SAME_KERNEL * float(solved.norm()):
+        module.set_weights(weights, module.bias)
+
+
+def _input_moments(module: ChainConv2d, converted: nn.Module, site: ConvSite, batches: Batches) -> Tensor:
     """Second moments of the first factor's patches on the converted network's own inputs, (G, n, n) float64."""
-    first = candidate.form.terms[0].factors[0]
+    first = module.form.terms[0].factors[0]
     total: Tensor | None = None
     images = 0
     for batch in batches():
         batch = batch[: _MOMENT_IMAGES - images]
         images += len(batch)
         for x in run_until(converted, site.name, batch, calls=len(site.calls), needs_outputs=False).inputs:
-            part = patch_moments(_padded(x, site.spec), first)
+            part = patch_moments(module.pad(x), first)
             total = part if total is None else total + part
         if images == _MOMENT_IMAGES:
             break
@@ -122,6 +132,7 @@ def _solve(module: ChainConv2d, original: nn.Module, converted: nn.Module, site:
     """Fit the weights in place to the original outputs, in one pass; returns the relative error of the outputs."""
     prior = _last_factors_as_matrix(module)
     groups, features, outputs = prior.shape
+    out_groups = module.form.terms[0].factors[-1].out_groups
     fit, held_out = (LeastSquaresSums(groups, features - 1, outputs) for _ in range(2))
     window = module.spec.as_factor()
     window_features = window.params // window.out_channels
@@ -140,17 +151,17 @@ def _solve(module: ChainConv2d, original: nn.Module, converted: nn.Module, site:
         targets = run_until(original, site.name, batch, calls=calls, needs_outputs=True).outputs
         for x, y in zip(inputs, targets, strict=True):
             # Under autocast the network may hand on half precision.
-            x = x.to(module.factor_modules()[0][-1].weight.dtype)
+            x = x.to(module.factor_weights()[0][-1].dtype)
             split = len(x) - int(len(x) * _HELD_OUT_RATIO)
             for sums, window_sums, part in (
                 (fit, window_fit, slice(None, split)),
                 (held_out, window_held_out, slice(split, None)),
             ):
                 if len(x[part]):
-                    sums.add(_last_factor_columns(module, x[part]), _grouped_outputs(y[part], groups))
+                    sums.add(_last_factor_columns(module, x[part]), _grouped_outputs(y[part], out_groups))
                 if is_narrow and len(x[part]):
-                    columns = patches(_padded(x[part], module.spec), window)
-                    window_sums.add(columns, _grouped_outputs(y[part], window.groups))
+                    columns = patches(module.pad(x[part]), window)
+                    window_sums.add(columns, _grouped_outputs(y[part], window.out_groups))
     total = fit + held_out
     if not math.isfinite(total.target_energy) or not bool(torch.isfinite(total.gram).all()):
         raise UnsupportedModelError(_not_finite(site))
@@ -183,7 +194,7 @@ def _best_solution(fit: LeastSquaresSums, held_out: LeastSquaresSums, total: Lea
 
 def _last_factor_columns(module: ChainConv2d, x: Tensor) -> Tensor:
     """What the last factors of all terms read for each output position, (G, n, P), stacked term by term."""
-    x = _padded(x, module.spec)
+    x = module.pad(x)
     columns = []
     for term, chain in zip(module.terms, module.form.terms, strict=True):
         stages = list(term.children())
@@ -198,39 +209,30 @@ def _last_factor_columns(module: ChainConv2d, x: Tensor) -> Tensor:
 
 def _last_factors_as_matrix(module: ChainConv2d) -> Tensor:
     """Last factors of all terms and the bias as one (G, n + 1, O / G) float64 matrix per group."""
-    lasts = [term[-1] for term in module.factor_modules()]
-    groups = lasts[0].groups
-    if any(last.groups != groups for last in lasts):
+    sizes = {chain.factors[-1].out_groups for chain in module.form.terms}
+    if len(sizes) != 1:
         raise ContractError("the last factors of all terms must have the same groups")
-    rows = [last.weight.double().reshape(groups, module.out_channels // groups, -1).mT for last in lasts]
+    (out_groups,) = sizes
+    rows = [split_groups(term[-1].double().flatten(1), out_groups).mT for term in module.factor_weights()]
     bias = module.bias
     if bias is None:
         raise ContractError("an anchored solve needs a bias")
-    return torch.cat([*rows, bias.double().reshape(groups, 1, -1)], dim=1)
+    return torch.cat([*rows, split_groups(bias.double(), out_groups)[:, None]], dim=1)
 
 
 def _set_last_factors(module: ChainConv2d, solution: Tensor) -> None:
     """The inverse of `_last_factors_as_matrix`."""
-    lasts = [term[-1] for term in module.factor_modules()]
+    out_groups = module.form.terms[0].factors[-1].out_groups
     start = 0
-    for last in lasts:
-        rows = last.weight[0].numel()
-        last.weight.copy_(solution[:, start : start + rows].mT.reshape(last.weight.shape))
+    weights = []
+    for term in module.factor_weights():
+        rows = term[-1][0].numel()
+        last = join_groups(solution[:, start : start + rows].mT, out_groups).reshape(term[-1].shape)
+        weights.append((*term[:-1], last))
         start += rows
-    bias = module.bias
-    if bias is not None:
-        bias.copy_(solution[:, -1].reshape(-1))
+    module.set_weights(tuple(weights), join_groups(solution[:, -1], out_groups))
 
 
-def _grouped_outputs(y: Tensor, groups: int) -> Tensor:
-    """(N, O, H, W) as (G, O / G, N * H * W), positions ordered as `patches` orders them."""
-    batch, channels = y.shape[:2]
-    return y.reshape(batch, groups, channels // groups, -1).permute(1, 2, 0, 3).flatten(2)
-
-
-def _padded(x: Tensor, spec: ConvSpec | None) -> Tensor:
-    """Apply a padding mode other than zeros, which no factor does itself."""
-    if spec is None or spec.padding_mode == "zeros":
-        return x
-    top, bottom, left, right = spec.padding
-    return F.pad(x, (left, right, top, bottom), mode=spec.padding_mode)
+def _grouped_outputs(y: Tensor, out_groups: tuple[int, ...]) -> Tensor:
+    """(N, O, H, W) as (G, largest group, N * H * W), positions ordered as `patches` orders them."""
+    return split_groups(y.transpose(0, 1).flatten(1), out_groups)

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from torch import Tensor
 
 from sepdeploy.core.chain import Factor
+from sepdeploy.schemes.kernels import split_groups
 
 __all__ = ["LeastSquaresSums", "patch_moments", "patches"]
 
@@ -23,7 +24,8 @@ def patches(x: Tensor, factor: Factor) -> Tensor:
         factor: The convolution.
 
     Returns:
-        (groups, C / groups * Kh * Kw, N * H' * W'), ordered as the kernel (C / groups, Kh, Kw) is.
+        (groups, in_per_group * Kh * Kw, N * H' * W'), ordered as the kernel (in_per_group, Kh, Kw) is; smaller groups
+        end in zeros.
     """
     top, bottom, left, right = factor.padding
     if factor.kernel_size == (1, 1):
@@ -35,9 +37,9 @@ def patches(x: Tensor, factor: Factor) -> Tensor:
             dilation=factor.dilation,
             stride=factor.stride,
         )
-    batch, rows, positions = unfolded.shape
-    grouped = unfolded.reshape(batch, factor.groups, rows // factor.groups, positions)
-    return grouped.permute(1, 2, 0, 3).reshape(factor.groups, rows // factor.groups, batch * positions)
+    batch, _, positions = unfolded.shape
+    channels = unfolded.reshape(batch, factor.in_channels, -1, positions).permute(1, 2, 0, 3)
+    return split_groups(channels, factor.in_groups).reshape(factor.groups, -1, batch * positions)
 
 
 def patch_moments(x: Tensor, factor: Factor) -> Tensor:

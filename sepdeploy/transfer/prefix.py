@@ -19,7 +19,8 @@ class Seen:
     """Inputs and outputs of one module in one forward pass, one entry per call.
 
     Attributes:
-        inputs: (N, I, H, W) each, also where the network calls the module on a single (I, H, W).
+        inputs: (N, I, H, W) each, also where the network calls the module on a single (I, H, W). For a linear layer
+            each position is an image of one pixel, (N * positions, I, 1, 1).
         outputs: (N, O, H', W') each, likewise; empty if only inputs were asked for.
     """
 
@@ -50,12 +51,12 @@ def run_until(model: nn.Module, name: str, batch: Tensor, *, calls: int, needs_o
 
     # Copies: networks often go on in place on what a convolution reads or returns (relu_, +=).
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(_as_batch(args[0] if args else kwargs["input"]).clone())
+        inputs.append(_as_images(module, args[0] if args else kwargs["input"]).clone())
         if not needs_outputs and len(inputs) == calls:
             raise _Stop
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        outputs.append(_as_batch(output).clone())
+        outputs.append(_as_images(module, output).clone())
         if len(outputs) == calls:
             raise _Stop
 
@@ -83,6 +84,8 @@ def run_until(model: nn.Module, name: str, batch: Tensor, *, calls: int, needs_o
     return Seen(tuple(inputs[:calls]), tuple(outputs[:calls]))
 
 
-def _as_batch(x: Tensor) -> Tensor:
-    """(C, H, W) as (1, C, H, W); a batch as it is."""
+def _as_images(module: nn.Module, x: Tensor) -> Tensor:
+    """(C, H, W) as (1, C, H, W), vectors (..., C) of a linear layer as (N, C, 1, 1); a batch as it is."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1], 1, 1)
     return x if x.dim() == 4 else x[None]

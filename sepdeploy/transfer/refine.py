@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sepdeploy.core.chain import ChainSum
-from sepdeploy.schemes.module import ChainConv2d, compose_kernels
+from sepdeploy.schemes.kernels import compose_kernels
+from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.transfer.moments import LeastSquaresSums
 
 __all__ = ["MAX_WINDOW_FEATURES", "refine_factors"]
@@ -104,7 +105,7 @@ def _error(parameters: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums
 
 def _parameters_of(module: ChainConv2d) -> list[Tensor]:
     """All factor weights, term by term, and the bias last, as float64 copies."""
-    weights = [conv.weight.detach().double() for term in module.factor_modules() for conv in term]
+    weights = [weight.detach().double() for term in module.factor_weights() for weight in term]
     bias = module.bias
     return [*weights, torch.zeros(module.out_channels).double() if bias is None else bias.detach().double()]
 

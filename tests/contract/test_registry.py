@@ -1,4 +1,5 @@
 import inspect
+import math
 import pkgutil
 
 import pytest
@@ -20,12 +21,19 @@ def test_key_is_the_schemes_name(name):
     assert scheme is find_scheme(name)
     assert scheme.summary
     assert "\n" not in scheme.summary
+    assert scheme.prefix == "" or scheme.prefix.endswith("-")
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_complexity_is_a_formula(name):
+    names = {"C": 64, "K": 3, "T": 2, "r": 16, "g": 4, "e": math.e, "log": math.log}
+    assert eval(find_scheme(name).complexity, {"__builtins__": {}}, names) > 0
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_scheme_satisfies_the_protocol(name):
     scheme = find_scheme(name)
-    for method in ("check", "design", "factorize"):
+    for method in ("check", "design", "alternatives", "factorize"):
         ours, theirs = (inspect.signature(getattr(owner, method)) for owner in (type(scheme), Scheme))
         assert list(ours.parameters) == list(theirs.parameters)
         assert [p.default for p in ours.parameters.values()] == [p.default for p in theirs.parameters.values()]
@@ -33,6 +41,7 @@ def test_scheme_satisfies_the_protocol(name):
     assert reason is None or isinstance(reason, Reason)
     form = scheme.design(SPEC, SchemeOptions())
     assert isinstance(form, ChainSum)
+    assert all(isinstance(other, ChainSum) for other in scheme.alternatives(SPEC, SchemeOptions()))
     weights = scheme.factorize(torch.ones(8, 8, 3, 3), form)
     assert [len(term) for term in weights] == [len(chain.factors) for chain in form.terms]
 

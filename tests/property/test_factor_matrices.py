@@ -4,8 +4,9 @@ from hypothesis import strategies as st
 
 from sepdeploy.core.conv import ConvSpec
 from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.schemes.kernels import compose_kernels
 from sepdeploy.schemes.low_rank_svd import factor_matrices
-from sepdeploy.schemes.module import ChainConv2d, compose_kernels
+from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.schemes.scheme import find_scheme
 
 quick = settings(deadline=None, max_examples=60, derandomize=True, database=None)

@@ -43,11 +43,21 @@ CASES = [
     (Reason.ONE_DIMENSIONAL_KERNEL, "row_kernel", "conv", SPATIAL),
     (Reason.FEW_CHANNELS, "few_channels", "conv", DEPTHWISE),
     (Reason.FEW_CHANNELS, "few_channels", "conv", SPATIAL),
+    (Reason.FEW_CHANNELS, "few_channels", "conv", "low_rank"),
+    (Reason.GROUPED, "grouped", "conv", "grouped"),
+    (Reason.GROUPED, "grouped", "conv", "depthwise"),
+    (Reason.GROUPED, "grouped", "conv", "optimized_separable"),
+    (Reason.GROUPED, "grouped", "conv", "spatial_optimized"),
+    (Reason.DEPTHWISE, "depthwise", "conv", "low_rank"),
+    (Reason.DEPTHWISE, "depthwise", "conv", "optimized_separable"),
+    (Reason.POINTWISE, "pointwise", "conv", "spatial_optimized"),
+    (Reason.ONE_DIMENSIONAL_KERNEL, "row_kernel", "conv", "spatial_optimized"),
     (Reason.SCHEME_IS_DENSE, "plain", "conv", "dense"),
 ]
 
 NOT_FROM_PROPOSE = {
     Reason.NOT_CHEAPER,  # below: it depends on the options
+    Reason.OPTIONS_DO_NOT_FIT,  # likewise, tests/unit/planning/test_candidates.py
     Reason.REPLACEMENT_FAILS,  # below: drop_failing
     Reason.EXCEEDS_MAX_DROP,  # the guard, tests/unit/planning/test_guard.py
     Reason.NOT_TRIED,  # likewise

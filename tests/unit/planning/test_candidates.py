@@ -3,12 +3,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sepdeploy.analyze.trace import trace_network
+from sepdeploy.analyze.trace import conv_spec, trace_network
 from sepdeploy.core.conv import ConvSite
 from sepdeploy.core.plan import Candidate, Kept, Reason, SchemeOptions
 from sepdeploy.errors import ContractError, UsageError
 from sepdeploy.planning.candidates import drop_failing, find_candidate, propose_plan
 from sepdeploy.planning.convert import convert_network
+from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.schemes.scheme import find_scheme
 
 pytestmark = [
@@ -16,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf:UserWarning"),
 ]
 
-SCHEMES = ["depthwise_separable", "spatial_separable"]
+SCHEMES = ["depthwise_separable", "spatial_separable", "low_rank", "grouped", "optimized_separable"]
 CHEAP = SchemeOptions(terms=1, rank_ratio=0.1)
 
 
@@ -44,7 +45,7 @@ def test_promised_macs_are_those_of_the_converted_network(make_net, name, scheme
     net, x = make_net(name)
     trace = trace_network(net, x)
     plan = propose_plan(trace, scheme, CHEAP)
-    assert plan.replaced
+    assert bool(plan.replaced) != (name == "grouped" and scheme in ("grouped", "optimized_separable"))
     converted, _ = convert_network(net, trace, plan, list, method="data-free")
     with FlopCounterMode(display=False) as counter:
         converted(x)
@@ -64,7 +65,7 @@ def test_promised_params_include_the_bias_that_transfer_adds(make_net):
 
 def test_unknown_scheme(make_net):
     net, x = make_net("plain")
-    with pytest.raises(UsageError, match="there is no scheme 'magic'; choose one of dense, depthwise_separable"):
+    with pytest.raises(UsageError, match="there is no scheme 'magic'; choose one of dense, depthwise, grouped, depth"):
         propose_plan(trace_network(net, x), "magic", CHEAP)
 
 
@@ -124,3 +125,28 @@ def test_convolutions_that_fail_only_together_are_dropped_one_by_one():
     plan = drop_failing(net, trace, propose_plan(trace, "depthwise_separable", CHEAP), x)
     assert list(plan.replaced) == ["a"]
     assert isinstance(plan.replaced["a"], Candidate)
+
+
+def test_the_kernel_goes_where_the_trained_weights_want_it():
+    """Two factors leave open which one has the kernel; a kernel that one of the two holds exactly decides."""
+    scheme = find_scheme("optimized_separable")
+    for position in (1, 2):
+        torch.manual_seed(position)
+        net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False)).eval()
+        spec = conv_spec(net[0])
+        form = scheme.design(spec, SchemeOptions(kernel_position=position))
+        net[0].weight.data = ChainConv2d(form, spec, bias=False).weight.detach()
+        x = torch.randn(1, 16, 8, 8)
+        plan = propose_plan(trace_network(net, x), "optimized_separable", SchemeOptions(), net)
+        assert plan.replaced["0"].form == form
+        # Without weights, or with the place given, nothing is left to choose.
+        assert propose_plan(trace_network(net, x), scheme.name, SchemeOptions()).replaced["0"].form == scheme.design(
+            spec, SchemeOptions()
+        )
+
+
+def test_options_that_do_not_fit_one_layer_leave_it_dense(make_net):
+    net, x = make_net("chain")
+    plan = propose_plan(trace_network(net, x), "optimized_separable", SchemeOptions(groups=(10, 2)), net)
+    assert plan.kept["0"].reason is Reason.OPTIONS_DO_NOT_FIT
+    assert "10 groups are more than" in plan.kept["0"].detail
