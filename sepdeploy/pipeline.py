@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.conv import Trace
+from sepdeploy.core.design import DesignOptions, DesignResult
 from sepdeploy.core.files import sha256_of_file, write_text
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Candidate, Kept, Plan, SchemeOptions
@@ -20,14 +22,16 @@ from sepdeploy.core.stage_store import StageStore, locked, require_usable
 from sepdeploy.errors import UsageError
 from sepdeploy.loading.model import load_model
 from sepdeploy.planning.candidates import find_candidate
+from sepdeploy.planning.design_network import design_network
 from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channels_last
-from sepdeploy.schemes.scheme import SCHEMES, find_scheme
+from sepdeploy.schemes.scheme import find_scheme
 from sepdeploy.stages.deploy import artifact_path, deploy, measure_latency, measure_quality, versions
+from sepdeploy.stages.design import check_design_folder, write_design
 from sepdeploy.stages.guard import GuardRecord, propose, run_guard, trace
 from sepdeploy.stages.load import Inputs, load_inputs
 from sepdeploy.stages.report import make_report, target_result, write_bundle
 
-__all__ = ["convert", "inspect_model"]
+__all__ = ["convert", "design", "inspect_model"]
 
 _MAX_TIGHTENINGS = 2
 """How often the guard runs again with a tighter limit because the target's file loses more than the network."""
@@ -57,7 +61,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
     with locked(folder):
         store = StageStore(folder, on_change=lambda: _discard_results(folder))
         progress.stage("tracing the network")
-        traced = trace(store, inputs)
+        traced = trace(store, options, inputs)
         proposal = propose(store, options, inputs, traced)
         return _convert(store, options, inputs, traced, proposal, progress)
 
@@ -101,6 +105,7 @@ def _guard_options(options: ConvertOptions, inputs: Inputs) -> dict[str, object]
     return {
         "scheme": options.scheme,
         "options": repr(options.scheme_options),
+        "includes_linear": options.includes_linear,
         "transfer": options.transfer,
         "max_drop": options.max_drop_points,
         "target": options.target,
@@ -139,8 +144,34 @@ def _tighter_limit(options: ConvertOptions, converted: list[ArtifactResult], gua
     return max(0.0, guard.quality.drop_points - (quality.drop_points - options.max_drop_points))
 
 
+def design(options: DesignOptions, progress: Progress | None = None) -> tuple[nn.Module, DesignResult]:
+    """Build a separable variant of an architecture, with fresh weights, at the cost of the original.
+
+    Args:
+        options: What to build; with an output folder the variant is also written there, for `sepdeploy.load`.
+        progress: Told what is going on.
+
+    Returns:
+        The network, to be trained, and its cost beside the original's.
+
+    Raises:
+        SepdeployError: if the variant cannot be built.
+    """
+    find_scheme(options.scheme)
+    if options.output is not None:
+        check_design_folder(options.output)
+    designed = design_network(options, progress)
+    if options.output is not None:
+        write_design(options.output, designed, options)
+    return designed.module, designed.result
+
+
 def inspect_model(
-    model: Path, arch: str, input_shape: tuple[int, int, int], options: SchemeOptions
+    model: Path,
+    arch: str,
+    input_shape: tuple[int, int, int],
+    schemes: Sequence[str],
+    options: SchemeOptions,
 ) -> tuple[Trace, dict[str, dict[str, Candidate | Kept]], tuple[str, ...]]:
     """What a network consists of and what each convolution could become.
 
@@ -148,10 +179,11 @@ def inspect_model(
         model: The checkpoint.
         arch: The architecture.
         input_shape: (C, H, W).
+        schemes: Names of the schemes to try.
         options: Hyper-parameters of the schemes.
 
     Returns:
-        The trace; convolution -> scheme -> candidate or why not (dense left out); notes from loading.
+        The trace; convolution -> scheme -> candidate or why not; notes from loading.
 
     Raises:
         SepdeployError: if the network cannot be loaded or traced.
@@ -160,9 +192,9 @@ def inspect_model(
         raise UsageError(f"--input-shape must be positive, got {','.join(map(str, input_shape))}")
     loaded = load_model(model, arch)
     traced = trace_network(loaded.module, torch.zeros(1, *input_shape))
-    schemes = [find_scheme(name) for name in SCHEMES if name != "dense"]
+    found = [find_scheme(name) for name in schemes]
     candidates = {
-        site.name: {scheme.name: find_candidate(site, scheme, options) for scheme in schemes} for site in traced.sites
+        site.name: {scheme.name: find_candidate(site, scheme, options) for scheme in found} for site in traced.sites
     }
     return traced, candidates, loaded.notes
 

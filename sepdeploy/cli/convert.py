@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
 from sepdeploy.cli.parameters import CommaList, Shape, print_tables, shown_progress
+from sepdeploy.cli.scheme_options import scheme_options
+from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.schemes.lowerings.lowering import LOWERINGS
 from sepdeploy.schemes.scheme import SCHEMES
 
 __all__ = ["command"]
@@ -26,10 +30,9 @@ __all__ = ["command"]
 @click.option("--input-shape", type=Shape(), help="Input of the network; default: the images' own size.")
 @click.option("--scheme", default="depthwise_separable", show_default=True, type=click.Choice(tuple(SCHEMES)),
               help="What convolutions become.")  # fmt: skip
-@click.option("--terms", type=click.IntRange(min=1), metavar="T", help="Depthwise-separable pairs per convolution "
-              "(default 2).")  # fmt: skip
-@click.option("--rank-ratio", type=click.FloatRange(0, 1, min_open=True), metavar="R", help="Middle channels of a "
-              "spatial pair, as a share of the full rank (default 0.25).")  # fmt: skip
+@scheme_options(SchemeOptions())
+@click.option("--linear", "includes_linear", is_flag=True, help="Replace nn.Linear layers too, as 1x1 convolutions, by "
+              "the schemes that take those.")  # fmt: skip
 @click.option("--max-drop", type=click.FloatRange(0, 100), metavar="POINTS", help="Most accuracy that may be lost; "
               "without it everything that becomes cheaper is replaced, whatever it costs.")  # fmt: skip
 @click.option("--target", default="ort", show_default=True, type=click.Choice(("ort", "litert")),
@@ -38,6 +41,9 @@ __all__ = ["command"]
               help="Precision that the result must be faster and accurate in.")  # fmt: skip
 @click.option("--formats", default="onnx,tflite", show_default=True, type=CommaList(("onnx", "tflite")),
               help="Files to make, each in float32 and int8.")  # fmt: skip
+@click.option("--lowering", default="auto", show_default=True, type=CommaList(("auto", *LOWERINGS)),
+              help="How separable forms are written down in the files: one or more, in order, of "
+              f"{', '.join(LOWERINGS)}; auto takes what suits each format and precision.")  # fmt: skip
 @click.option("--transfer", default="anchored", show_default=True, type=click.Choice(("anchored", "data-free")),
               help="How weights are found.")  # fmt: skip
 @click.option("--calibration-images", default=512, show_default=True, type=click.IntRange(min=1), metavar="N",
@@ -56,12 +62,13 @@ def command(
     preprocess: Path | None,
     input_shape: tuple[int, int, int] | None,
     scheme: str,
-    terms: int | None,
-    rank_ratio: float | None,
+    scheme_options: dict[str, Any],
+    includes_linear: bool,
     max_drop: float | None,
     target: str,
     precision: str,
     formats: tuple[str, ...],
+    lowering: tuple[str, ...],
     transfer: str,
     calibration_images: int,
     threads: int,
@@ -81,13 +88,10 @@ def command(
     """
     from sepdeploy.core.artifact import Format, Precision
     from sepdeploy.core.options import ConvertOptions
-    from sepdeploy.core.plan import SchemeOptions
+    from sepdeploy.schemes.read_options import read_options
 
-    if terms is not None and scheme != "depthwise_separable":
-        raise click.UsageError(f"--terms belongs to --scheme depthwise_separable, not to {scheme}")
-    if rank_ratio is not None and scheme != "spatial_separable":
-        raise click.UsageError(f"--rank-ratio belongs to --scheme spatial_separable, not to {scheme}")
-    defaults = SchemeOptions()
+    if "auto" in lowering and len(lowering) > 1:
+        raise click.UsageError("--lowering auto stands alone: it takes what suits each file")
     options = ConvertOptions(
         model=model,
         arch=arch,
@@ -96,11 +100,13 @@ def command(
         preprocess=preprocess,
         input_shape=input_shape,
         scheme=scheme,
-        scheme_options=SchemeOptions(terms or defaults.terms, rank_ratio or defaults.rank_ratio),
+        scheme_options=read_options([scheme], scheme_options, SchemeOptions()),
+        includes_linear=includes_linear,
         max_drop_points=max_drop,
         target=target,
         precision=Precision(precision),
         formats=tuple(Format(name) for name in formats),
+        lowering=None if lowering == ("auto",) else lowering,
         transfer=transfer,
         calibration_images=calibration_images,
         threads=threads,

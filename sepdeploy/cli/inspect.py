@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from sepdeploy.cli.parameters import Shape, print_tables, shown_progress
+from sepdeploy.cli.parameters import CommaList, Shape, print_tables, shown_progress
+from sepdeploy.cli.scheme_options import scheme_options
+from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.schemes.scheme import SCHEMES, find_scheme
 
 __all__ = ["command"]
+
+_SCHEMES = tuple(name for name in SCHEMES if name != "dense")
+_SHOWN = ("depthwise_separable", "spatial_separable", "low_rank", "optimized_separable")
+"""As many columns as a terminal of 100 characters has room for."""
 
 
 @click.command(short_help="List every convolution: its cost, and what it could become.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--arch", required=True, metavar="SPEC", help="As for convert.")
 @click.option("--input-shape", default="3,224,224", show_default=True, type=Shape(), help="Input of the network.")
-@click.option("--terms", type=click.IntRange(min=1), default=2, show_default=True, metavar="T",
-              help="Depthwise-separable pairs per convolution.")  # fmt: skip
-@click.option("--rank-ratio", type=click.FloatRange(0, 1, min_open=True), default=0.25, show_default=True, metavar="R",
-              help="Middle channels of a spatial pair, as a share of the full rank.")  # fmt: skip
+@click.option("--scheme", "schemes", default=",".join(_SHOWN), show_default=True, type=CommaList(_SCHEMES),
+              help=f"Columns of the table: one or more of {', '.join(_SCHEMES)}.")  # fmt: skip
+@scheme_options(SchemeOptions())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
-    model: Path, arch: str, input_shape: tuple[int, int, int], terms: int, rank_ratio: float, as_json: bool
+    model: Path,
+    arch: str,
+    input_shape: tuple[int, int, int],
+    schemes: tuple[str, ...],
+    scheme_options: dict[str, Any],
+    as_json: bool,
 ) -> None:
     """List the convolutions of the network in the checkpoint MODEL, and what each could become.
 
@@ -29,13 +41,14 @@ def command(
     Example:
       sepdeploy inspect resnet20.pt --arch models.resnet_cifar:resnet20 --input-shape 3,32,32
     """
-    from sepdeploy.core.plan import SchemeOptions
+    from sepdeploy.schemes.read_options import read_options
 
+    options = read_options(schemes, scheme_options, SchemeOptions())
     with shown_progress(is_quiet=as_json) as progress:
         from sepdeploy.pipeline import inspect_model
 
         progress.stage("tracing the network")
-        traced, candidates, notes = inspect_model(model, arch, input_shape, SchemeOptions(terms, rank_ratio))
+        traced, candidates, notes = inspect_model(model, arch, input_shape, schemes, options)
     if as_json:
         import json
 
@@ -53,6 +66,6 @@ def command(
         return
     from sepdeploy.render.terminal import inspect_table
 
-    print_tables(inspect_table(traced, candidates))
+    print_tables(inspect_table(traced, candidates, {name: find_scheme(name).prefix for name in schemes}))
     for note in notes:
         click.echo(f"note: {note}")

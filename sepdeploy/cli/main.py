@@ -19,6 +19,8 @@ _COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "convert": ("sepdeploy.cli.convert", "Convert a trained network into a smaller, faster one, with proof."),
         "inspect": ("sepdeploy.cli.inspect", "List every convolution: its cost, and what it could become."),
+        "design": ("sepdeploy.cli.design", "Build separable variants of a network, to be trained from scratch."),
+        "schemes": ("sepdeploy.cli.schemes", "List the schemes, and what each costs for one convolution."),
         "bench": ("sepdeploy.cli.bench", "Measure the latency of ONNX and TFLite files on this CPU."),
     }
 )

@@ -75,7 +75,7 @@ def lower_chains(model: nn.Module, names: Sequence[str]) -> tuple[LoweredChain, 
         results.append(lowered)
         if lowered.applied:
             dtype = next(module.parameters()).dtype
-            replacements[name] = ChainConv2d.from_weighted(terms, module.spec, dtype=dtype)
+            replacements[name] = type(module).from_weighted(terms, module.spec, dtype=dtype)
     replace_modules(model, replacements)
     return tuple(results)
 

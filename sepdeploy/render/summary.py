@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sepdeploy.core.artifact import Format, Role
-from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
+from sepdeploy.core.describe import describe_form
 from sepdeploy.core.measurement import Environment, Latency, Method, Quality
 from sepdeploy.core.plan import Decision, Plan, Reason, Replaced
 from sepdeploy.core.report import ArtifactResult, Report
@@ -30,13 +30,11 @@ __all__ = [
     "SummaryRow",
     "common_method",
     "cost_after",
-    "describe_form",
     "environment_text",
     "kept_counts",
     "outcome_text",
     "plan_sentence",
     "quality_ratio",
-    "short_reason",
     "speedup_between",
     "speedup_text",
     "summarize",
@@ -175,6 +173,7 @@ def summarize(report: Report) -> tuple[SummaryRow, ...]:
         _size_row(report),
         _cost_row("MACs for one image", original.macs, converted.macs),
         _cost_row("Parameters", original.params, converted.params),
+        _memory_row(report),
         _latency_row(report),
     )
 
@@ -209,6 +208,14 @@ def _size_row(report: Report) -> SummaryRow:
     if sizes[0] is not None and sizes[1] is not None:
         change = change_text(sizes[0], sizes[1], less="smaller", more="larger")
     return SummaryRow(f"File size ({target_label(report)})", was, now, change)
+
+
+def _memory_row(report: Report) -> SummaryRow:
+    was, now = (m.in_precision(report.precision) for m in (report.original_memory, report.converted_memory))
+    change = change_text(was, now, less="smaller", more="larger")
+    return SummaryRow(
+        f"Peak activation memory, analytic ({report.precision.value})", size_text(was), size_text(now), change
+    )
 
 
 def _cost_row(quantity: str, before: int, after: int) -> SummaryRow:
@@ -288,32 +295,3 @@ def outcome_text(decision: Decision) -> str:
 def kept_counts(plan: Plan) -> tuple[tuple[Reason, int], ...]:
     """Each reason to keep a convolution with how often it occurs, the most frequent first."""
     return tuple(Counter(kept.reason for kept in plan.kept.values()).most_common())
-
-
-def short_reason(reason: Reason) -> str:
-    """A few words that fit a table cell; the sentence is the reason's value.
-
-    >>> short_reason(Reason.FEW_CHANNELS)
-    'few channels'
-    """
-    return reason.name.lower().replace("_", " ")
-
-
-def describe_form(form: ChainSum) -> str:
-    """The convolutions of a separable form with their output channels, such as '2 x (3x3 dw 16, 1x1 32)'."""
-    terms = Counter(_describe_chain(term) for term in form.terms)
-    texts = [f"({text})" if len(terms) > 1 or count > 1 else text for text, count in terms.items()]
-    counted = zip(texts, terms.values(), strict=True)
-    return " + ".join(text if count == 1 else f"{count} x {text}" for text, count in counted)
-
-
-def _describe_chain(chain: Chain) -> str:
-    return ", ".join(_describe_stage(stage) for stage in chain.stages)
-
-
-def _describe_stage(stage: Factor | Shuffle) -> str:
-    if isinstance(stage, Shuffle):
-        return f"shuffle {stage.groups}"
-    is_depthwise = stage.groups == stage.in_channels and stage.groups > 1
-    groups = " dw" if is_depthwise else f" g{stage.groups}" if stage.groups > 1 else ""
-    return f"{stage.kernel_size[0]}x{stage.kernel_size[1]}{groups} {stage.out_channels}"

@@ -6,15 +6,15 @@ Layer and file names fold, numbers never do. All text from outside is shown as i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from string import ascii_lowercase
+from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Size
 from sepdeploy.core.conv import ConvSite, Trace
 from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.plan import Candidate, Kept, Plan, Reason
 from sepdeploy.core.report import ArtifactResult, Report
-from sepdeploy.render.format_numbers import plural, printable, three_digits, times_text
+from sepdeploy.render.format_numbers import plural, three_digits, times_text
 from sepdeploy.render.summary import (
     common_method,
     cost_after,
@@ -22,33 +22,21 @@ from sepdeploy.render.summary import (
     outcome_text,
     plan_sentence,
     quality_ratio,
-    short_reason,
     summarize,
 )
+from sepdeploy.render.tables import NONE, Column, add_row, add_totals, kilo, make_table, mega
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
 __all__ = ["artifacts_table", "inspect_table", "latency_table", "plan_table", "summary_table"]
 
 CandidateTable = Mapping[str, Mapping[str, Candidate | Kept]]
 """Site name -> scheme name -> what the scheme offers for it."""
 
-_NONE = "-"
-
-
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """A column: 'name' folds at any character, 'number' stays whole, 'words' breaks between words."""
-
-    header: str
-    kind: Literal["name", "number", "words"] = "number"
-
-
-_TIME_COLUMNS = (_Column("median\n(ms)"), _Column("min\n(ms)"), _Column("p10 to p90\n(ms)"))
+_TIME_COLUMNS = (Column("median\n(ms)"), Column("min\n(ms)"), Column("p10 to p90\n(ms)"))
 _QUALITY_HEADERS = {"agreement": "agrees", "relative error": "error"}
-_SPEEDUP_COLUMN = _Column("speedup\n(95% CI)")
+_SPEEDUP_COLUMN = Column("speedup\n(95% CI)")
 
 
 def summary_table(report: Report) -> Table:
@@ -57,12 +45,12 @@ def summary_table(report: Report) -> Table:
     Raises:
         UsageError: if the report names a target that does not exist.
     """
-    table = _table(
+    table = make_table(
         "Before and after",
-        [_Column("", "name"), _Column("original"), _Column("converted"), _Column("change")],
+        [Column("", "name"), Column("original"), Column("converted"), Column("change")],
     )
     for row in summarize(report):
-        _add_row(table, row.quantity, row.original, row.converted, row.change)
+        add_row(table, row.quantity, row.original, row.converted, row.change)
     return table
 
 
@@ -77,16 +65,16 @@ def artifacts_table(report: Report) -> Table:
     latencies = [result.latency for result in report.artifacts if result.latency]
     basis = report.converted_quality.drop_basis
     columns = [
-        _Column("file", "name"),
-        _Column("size\n(MB)"),
-        _Column(f"{_QUALITY_HEADERS.get(basis, basis)}\n(%)"),
-        _Column("SQNR\n(dB)"),
+        Column("file", "name"),
+        Column("size\n(MB)"),
+        Column(f"{_QUALITY_HEADERS.get(basis, basis)}\n(%)"),
+        Column("SQNR\n(dB)"),
         *_TIME_COLUMNS,
         _SPEEDUP_COLUMN,
     ]
-    table = _table("Files", columns, caption=_measurement_caption(latencies))
+    table = make_table("Files", columns, caption=_measurement_caption(latencies))
     for result in report.artifacts:
-        _add_row(table, result.artifact.path, *_artifact_cells(result))
+        add_row(table, result.artifact.path, *_artifact_cells(result))
     return table
 
 
@@ -94,28 +82,28 @@ def _artifact_cells(result: ArtifactResult) -> Iterable[str]:
     quality = result.quality
     yield three_digits(result.artifact.size_bytes / 1e6)
     yield _quality_cell(quality)
-    yield _NONE if quality is None or quality.sqnr_db is None else f"{quality.sqnr_db:.1f}"
+    yield NONE if quality is None or quality.sqnr_db is None else f"{quality.sqnr_db:.1f}"
     yield from _time_cells(result.latency)
     yield _speedup_cell(result.latency)
 
 
 def _quality_cell(quality: Quality | None) -> str:
     if quality is None:
-        return _NONE
+        return NONE
     ratio = quality_ratio(quality)
-    return _NONE if ratio is None else f"{100 * ratio:.2f}"
+    return NONE if ratio is None else f"{100 * ratio:.2f}"
 
 
 def _time_cells(latency: Latency | None) -> Iterable[str]:
     if latency is None:
-        return (_NONE, _NONE, _NONE)
+        return (NONE, NONE, NONE)
     spread = f"{three_digits(latency.p10_ms)} - {three_digits(latency.p90_ms)}"
     return (three_digits(latency.median_ms), three_digits(latency.minimum_ms), spread)
 
 
 def _speedup_cell(latency: Latency | None) -> str:
     if latency is None:
-        return _NONE
+        return NONE
     if latency.speedup is None:
         return "reference"
     if latency.speedup_low is None or latency.speedup_high is None:
@@ -129,10 +117,10 @@ def latency_table(results: Mapping[str, Latency]) -> Table:
     Raises:
         ContractError: if the latencies came about in different ways.
     """
-    columns = [_Column("file", "name"), *_TIME_COLUMNS, _Column("repeats"), _SPEEDUP_COLUMN]
-    table = _table("Latency of one inference", columns, caption=_measurement_caption(results.values()))
+    columns = [Column("file", "name"), *_TIME_COLUMNS, Column("repeats"), _SPEEDUP_COLUMN]
+    table = make_table("Latency of one inference", columns, caption=_measurement_caption(results.values()))
     for name, latency in results.items():
-        _add_row(table, name, *_time_cells(latency), f"{latency.repeats:,}", _speedup_cell(latency))
+        add_row(table, name, *_time_cells(latency), f"{latency.repeats:,}", _speedup_cell(latency))
     return table
 
 
@@ -149,26 +137,26 @@ def _measurement_caption(latencies: Iterable[Latency]) -> str:
 def plan_table(plan: Plan) -> Table:
     """What becomes of each convolution and why, with MACs and parameters before and after."""
     columns = [
-        _Column("convolution", "name"),
-        _Column("becomes", "name"),
-        _Column("MACs\n(M)"),
-        _Column("after\n(M)"),
-        _Column("MACs\nratio"),
-        _Column("params\n(k)"),
-        _Column("after\n(k)"),
+        Column("convolution", "name"),
+        Column("becomes", "name"),
+        Column("MACs\n(M)"),
+        Column("after\n(M)"),
+        Column("MACs\nratio"),
+        Column("params\n(k)"),
+        Column("after\n(k)"),
     ]
-    table = _table(f"Plan: {plan.scheme}, {plan_sentence(plan)}", columns)
+    table = make_table(f"Plan: {plan.scheme}, {plan_sentence(plan)}", columns)
     for decision in plan.decisions:
         after = cost_after(decision)
         cells = _cost_cells(decision.macs, after.macs, decision.params, after.params)
-        _add_row(table, decision.name, outcome_text(decision), *cells)
-    _add_totals(table, "all convolutions", "", *_plan_totals(plan))
+        add_row(table, decision.name, outcome_text(decision), *cells)
+    add_totals(table, "all convolutions", "", *_plan_totals(plan))
     return table
 
 
 def _cost_cells(macs: int, macs_after: int, params: int, params_after: int) -> Sequence[str]:
-    ratio = times_text(macs_after / macs) if macs else _NONE
-    return (_mega(macs), _mega(macs_after), ratio, _kilo(params), _kilo(params_after))
+    ratio = times_text(macs_after / macs) if macs else NONE
+    return (mega(macs), mega(macs_after), ratio, kilo(params), kilo(params_after))
 
 
 def _plan_totals(plan: Plan) -> Sequence[str]:
@@ -181,34 +169,33 @@ def _plan_totals(plan: Plan) -> Sequence[str]:
     )
 
 
-def inspect_table(trace: Trace, candidates: CandidateTable) -> Table:
+def inspect_table(trace: Trace, candidates: CandidateTable, headings: Mapping[str, str] | None = None) -> Table:
     """Every convolution with its geometry and cost, and what each scheme would make of it.
 
     Args:
         trace: The network.
         candidates: Site name -> scheme name -> candidate or the reason against it. A scheme's column shows the ratio of
-            MACs or that reason in brief; the caption spells the reasons out.
+            MACs, or a letter for that reason; the caption spells schemes and reasons out.
+        headings: Scheme name -> heading of its column; its name where there is none.
     """
     schemes = list(dict.fromkeys(scheme for offers in candidates.values() for scheme in offers))
-    headers = ("kernel", "channels", "output", "MACs\n(M)", "share\n(%)", "params\n(k)")
-    columns = [
-        _Column("convolution", "name"),
-        *(_Column(header) for header in headers),
-        *(_Column(f"{scheme.replace('_', ' ')} (MACs ratio)", "words") for scheme in schemes),
-    ]
-    table = _table("Convolutions", columns, caption=_reasons_caption(trace, candidates))
+    letters = _reason_letters(trace, candidates)
+    shown = {scheme: (headings or {}).get(scheme) or scheme.replace("_", "\n") for scheme in schemes}
+    headers = ("kernel", "channels", "output", "MACs\n(M)", "share\n(%)", "params\n(k)", *shown.values())
+    columns = [Column("convolution", "name"), *map(Column, headers)]
+    table = make_table("Convolutions", columns, caption=_inspect_caption(shown, letters))
     for site in trace.sites:
-        share = f"{100 * site.macs / trace.total_macs:.1f}" if trace.total_macs else _NONE
-        offers = [_offer_cell(site, candidates.get(site.name, {}).get(scheme)) for scheme in schemes]
-        _add_row(table, site.name, *_geometry_cells(site), _mega(site.macs), share, _kilo(site.params), *offers)
-    _add_totals(table, *_inspect_totals(trace, candidates, schemes))
+        share = f"{100 * site.macs / trace.total_macs:.1f}" if trace.total_macs else NONE
+        offers = [_offer_cell(site, candidates.get(site.name, {}).get(scheme), letters) for scheme in schemes]
+        add_row(table, site.name, *_geometry_cells(site), mega(site.macs), share, kilo(site.params), *offers)
+    add_totals(table, *_inspect_totals(trace, candidates, schemes))
     return table
 
 
 def _geometry_cells(site: ConvSite) -> Sequence[str]:
     output = _output_cell(site)
     if site.spec is None:
-        return (site.module_type, _NONE, output)
+        return (site.module_type, NONE, output)
     spec = site.spec
     kernel = _product(spec.kernel_size)
     stride = "" if spec.stride == (1, 1) else f" /{_size(spec.stride)}"
@@ -225,11 +212,11 @@ def _output_cell(site: ConvSite) -> str:
     return f"{', '.join(sizes)}{times}"
 
 
-def _offer_cell(site: ConvSite, offer: Candidate | Kept | None) -> str:
+def _offer_cell(site: ConvSite, offer: Candidate | Kept | None, letters: Mapping[Reason, str]) -> str:
     if isinstance(offer, Candidate):
-        return times_text(offer.macs / site.macs) if site.macs else _NONE
+        return times_text(offer.macs / site.macs) if site.macs else NONE
     reason = offer.reason if offer else site.reason
-    return short_reason(reason) if reason else _NONE
+    return f"({letters[reason]})" if reason is not None and reason in letters else NONE
 
 
 def _inspect_totals(trace: Trace, candidates: CandidateTable, schemes: Sequence[str]) -> Sequence[str]:
@@ -238,19 +225,28 @@ def _inspect_totals(trace: Trace, candidates: CandidateTable, schemes: Sequence[
         for site in trace.sites:
             offer = candidates.get(site.name, {}).get(scheme)
             saved += site.macs - offer.macs if isinstance(offer, Candidate) else 0
-        return times_text((trace.total_macs - saved) / trace.total_macs) if trace.total_macs else _NONE
+        return times_text((trace.total_macs - saved) / trace.total_macs) if trace.total_macs else NONE
 
-    cells = [_mega(trace.total_macs), "100.0", _kilo(trace.total_params)]
+    cells = [mega(trace.total_macs), "100.0", kilo(trace.total_params)]
     return ("whole network", "", "", "", *cells, *(ratio(scheme) for scheme in schemes))
 
 
-def _reasons_caption(trace: Trace, candidates: CandidateTable) -> str | None:
+def _reason_letters(trace: Trace, candidates: CandidateTable) -> Mapping[Reason, str]:
+    """a, b, ... for the reasons in the order in which the table shows them."""
     reasons: dict[Reason, None] = {}
     for site in trace.sites:
         for offer in candidates.get(site.name, {}).values():
-            reason = None if isinstance(offer, Candidate) else offer.reason
-            reasons.update({each: None for each in (reason, site.reason) if each})
-    return "\n".join(f"{short_reason(reason)}: {reason.value}" for reason in reasons) or None
+            if not isinstance(offer, Candidate):
+                reasons[offer.reason] = None
+    return dict(zip(reasons, ascii_lowercase, strict=False))
+
+
+def _inspect_caption(headings: Mapping[str, str], letters: Mapping[Reason, str]) -> str | None:
+    if not headings:
+        return None
+    named = [f"{h} is {name.replace('_', ' ')}" for name, h in headings.items() if h != name.replace("_", "\n")]
+    meaning = "MACs with each scheme, as a ratio to those now" + (f"; {', '.join(named)}" if named else "")
+    return "\n".join((f"{meaning}.", *(f"({letter}) {reason.value}" for reason, letter in letters.items())))
 
 
 def _product(sizes: Sequence[int]) -> str:
@@ -259,52 +255,3 @@ def _product(sizes: Sequence[int]) -> str:
 
 def _size(size: Size) -> str:
     return str(size[0]) if size[0] == size[1] else _product(size)
-
-
-def _mega(count: int) -> str:
-    return three_digits(count / 1e6)
-
-
-def _kilo(count: int) -> str:
-    return three_digits(count / 1e3)
-
-
-def _table(title: str, columns: Sequence[_Column], *, caption: str | None = None) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=_text(title, style="bold"),
-        caption=None if caption is None else _text(caption),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for column in columns:
-        longest_word = max(map(len, column.header.split()), default=0)
-        table.add_column(
-            _text(column.header),
-            justify="left" if column.kind == "name" else "right",
-            no_wrap=column.kind == "number",
-            overflow="fold",
-            min_width={"name": 8, "number": None, "words": longest_word}[column.kind],
-        )
-    return table
-
-
-def _add_row(table: Table, name: str, *cells: str) -> None:
-    table.add_row(_text(printable(name)), *(_text(cell) for cell in cells))
-
-
-def _add_totals(table: Table, *cells: str) -> None:
-    table.add_section()
-    table.add_row(*(_text(cell) for cell in cells), style="bold")
-
-
-def _text(text: str, style: str = "") -> Text:
-    """Rich text without markup; line breaks are ours, everything else unprintable is escaped."""
-    from rich.text import Text
-
-    return Text("\n".join(printable(line) for line in text.split("\n")), style=style)

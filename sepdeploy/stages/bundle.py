@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sepdeploy.analyze.trace import conv_spec
+from sepdeploy.analyze.trace import layer_spec
 from sepdeploy.core.codec import read_json
 from sepdeploy.core.files import sha256_of_file, write_bytes
 from sepdeploy.core.manifest import ArchitectureSource, Manifest
@@ -17,7 +17,7 @@ from sepdeploy.core.plan import Plan
 from sepdeploy.errors import UsageError
 from sepdeploy.loading.arch import build_architecture
 from sepdeploy.passes.replace_convs import copy_network, replace_modules
-from sepdeploy.schemes.module import ChainConv2d
+from sepdeploy.schemes.module import chain_class
 
 __all__ = ["load", "read_weights", "rebuild", "save_weights"]
 
@@ -66,10 +66,13 @@ def rebuild(network: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> nn.Mo
     modules = dict(network.named_modules(remove_duplicate=False))
     for name, candidate in plan.replaced.items():
         conv = modules.get(name)
-        if not isinstance(conv, nn.Conv2d):
-            raise UsageError(f"the architecture has no convolution '{name}', which the plan replaces; check arch")
-        has_bias = any(key.startswith(f"{name}.") and key.endswith(".bias") for key in weights)
-        replace_modules(network, {name: ChainConv2d(candidate.form, conv_spec(conv), bias=has_bias)})
+        if not isinstance(conv, nn.Conv2d | nn.Linear):
+            raise UsageError(f"the architecture has no layer '{name}', which the plan replaces; check arch")
+        module = chain_class(conv)(candidate.form, layer_spec(conv), bias=False)
+        own = {f"{name}.{key}" for key in module.state_dict()}
+        if any(key.startswith(f"{name}.") and key not in own for key in weights):  # transfer has added a bias
+            module = chain_class(conv)(candidate.form, layer_spec(conv), bias=True)
+        replace_modules(network, {name: module})
     try:
         missing, unexpected = network.load_state_dict(weights, strict=False)
     except RuntimeError as error:

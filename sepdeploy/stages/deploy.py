@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from sepdeploy.bench.timing import measure
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
-from sepdeploy.core.files import replacing
+from sepdeploy.core.files import replacing, sha256_of_file
 from sepdeploy.core.measurement import Quality
 from sepdeploy.core.options import TARGETS, ConvertOptions
 from sepdeploy.core.progress import Progress
@@ -27,13 +28,22 @@ from sepdeploy.core.report import ArtifactResult
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError
 from sepdeploy.passes.fold_batchnorm import fold_batchnorm
+from sepdeploy.passes.lower_chains import DEFAULT_LOWERINGS, lower_chains, lowerings_that_apply
 from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import Evaluator, run_network
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.stages.load import Inputs
 from sepdeploy.version import __version__
 
-__all__ = ["artifact_path", "deploy", "fold_network", "measure_latency", "measure_quality", "versions"]
+__all__ = [
+    "artifact_path",
+    "deploy",
+    "fold_network",
+    "measure_latency",
+    "measure_quality",
+    "versions",
+    "wanted_lowerings",
+]
 
 _NUMERIC_IMAGES = 64
 _NUMERIC_TOLERANCE = 1e-4
@@ -102,52 +112,130 @@ def deploy(
     weights_sha256: str,
     progress: Progress,
 ) -> list[ArtifactResult]:
-    """Export and quantize one network to every format; the files' qualities and latencies are still open."""
-    folded: nn.Module | None = None
+    """Export and quantize one network to every format; the files' qualities and latencies are still open.
+
+    The chains of a converted network are lowered for each file (`wanted_lowerings`). An int8 file is quantized from the
+    float32 file where both want the same form, else from a float32 file of its own, `work/int8_source.*`.
+
+    Raises:
+        UsageError: if `options` name a lowering that does not exist.
+        UnsupportedModelError: if the network cannot be exported.
+        ToolError: if a file computes something else than the network.
+    """
     batch = _first_images(inputs)
-    is_channels_last = inputs.calibration.preprocess.layout == "NCHW"
+    folded = cache(lambda: fold_network(network, traced, batch))  # only where there is something to export
+    maker = _FileMaker(store, inputs, network, folded, batch, role, weights_sha256, progress)
     results = []
     for file_format in options.formats:
-        transposes = file_format is Format.TFLITE and is_channels_last
-        path = artifact_path(store.folder, file_format, Precision.FLOAT32, role)
+        float_path = artifact_path(store.folder, file_format, Precision.FLOAT32, role)
         int8_path = artifact_path(store.folder, file_format, Precision.INT8, role)
-        key = {**inputs.network_key(), "weights": weights_sha256, "versions": versions()}
-
-        def export(path: Path = path, file_format: Format = file_format, transposes: bool = transposes) -> None:
-            nonlocal folded
-            progress.stage(f"exporting the {role.value} network to {file_format.value}")
-            folded = folded if folded is not None else fold_network(network, traced, batch)
-            with replacing(path) as temporary:
-                _export(folded, batch[:1], temporary, file_format, is_channels_last=transposes)
-                _check_numerics(temporary, folded, batch, is_channels_last=transposes)
-                store.before_change()
-
-        def quantize(path: Path = path, int8_path: Path = int8_path, file_format: Format = file_format) -> None:
-            progress.stage(f"quantizing the {role.value} {file_format.value} file to int8")
-            with replacing(int8_path) as temporary:
-                _quantize(path, temporary, inputs, file_format, is_channels_last=is_channels_last)
-                store.before_change()
-
-        store.run(f"export {role.value} {file_format.value}", key, (path,), export)
-        float_file = Artifact.of_file(
-            path, format=file_format, precision=Precision.FLOAT32, role=role, is_channels_last=transposes
+        lowering, int8_lowering = (
+            lowerings_that_apply(network, wanted_lowerings(options, file_format, precision))
+            for precision in (Precision.FLOAT32, Precision.INT8)
         )
-        int8_key = {
-            "source": float_file.sha256,
-            "images": inputs.calibration.sha256,
+        maker.export(file_format, float_path, lowering)
+        source = float_path
+        if int8_lowering != lowering:
+            source = store.work / f"int8_source.{file_format.value}"
+            maker.export(file_format, source, int8_lowering)
+        maker.quantize(file_format, source, int8_path, int8_lowering)
+        results += [
+            maker.result(file_format, Precision.FLOAT32, float_path),
+            maker.result(file_format, Precision.INT8, int8_path),
+        ]
+    return results
+
+
+def wanted_lowerings(options: ConvertOptions, file_format: Format, precision: Precision) -> tuple[str, ...]:
+    """The lowerings that one kind of file is to have: the user's, or the best known ones."""
+    return DEFAULT_LOWERINGS[file_format, precision] if options.lowering is None else options.lowering
+
+
+@dataclass(frozen=True, slots=True)
+class _FileMaker:
+    """Makes the files of one network, each as a stage of the run.
+
+    Attributes:
+        store: Remembers what was made from what.
+        inputs: Images and the original network.
+        network: The network.
+        folded: Gives it with batch norms folded.
+        batch: Real images to compare outputs on.
+        role: Which network it is.
+        weights_sha256: Hash of its weights.
+        progress: Told what is going on.
+    """
+
+    store: StageStore
+    inputs: Inputs
+    network: nn.Module
+    folded: Callable[[], nn.Module]
+    batch: np.ndarray
+    role: Role
+    weights_sha256: str
+    progress: Progress
+
+    def export(self, file_format: Format, path: Path, lowering: tuple[str, ...]) -> None:
+        """Write the network in float32, its chains lowered."""
+        is_source = path.parent == self.store.work
+        key = {
+            **self.inputs.network_key(),
+            "weights": self.weights_sha256,
+            "versions": versions(),
+            "lowering": lowering,
+        }
+
+        def make() -> None:
+            purpose = ", to be quantized" if is_source else ""
+            self.progress.stage(f"exporting the {self.role.value} network to {file_format.value}{purpose}")
+            network = self.folded()
+            if lowering:
+                network = copy_network(network)
+                lower_chains(network, lowering)
+            transposes = self._transposes(file_format)
+            with replacing(path) as temporary:
+                _export(network, self.batch[:1], temporary, file_format, is_channels_last=transposes)
+                # Against the network before its chains were lowered: so the lowering is checked too.
+                _check_numerics(temporary, self.folded(), self.batch, is_channels_last=transposes)
+                if not is_source:
+                    self.store.before_change()
+
+        name = f"export {self.role.value} {file_format.value}{' for int8' if is_source else ''}"
+        self.store.run(name, key, (path,), make)
+
+    def quantize(self, file_format: Format, source: Path, path: Path, lowering: tuple[str, ...]) -> None:
+        """Write the int8 file that the float32 file `source` becomes."""
+        key = {
+            "source": sha256_of_file(source),
+            "images": self.inputs.calibration.sha256,
             "version": __version__,
             "versions": versions(),
             "saturates": saturates_u8s8(),
+            "lowering": lowering,
         }
-        store.run(f"quantize {role.value} {file_format.value}", int8_key, (int8_path,), quantize)
-        int8_file = Artifact.of_file(
-            int8_path, format=file_format, precision=Precision.INT8, role=role, is_channels_last=transposes
+
+        def make() -> None:
+            self.progress.stage(f"quantizing the {self.role.value} {file_format.value} file to int8")
+            with replacing(path) as temporary:
+                transposes = self._transposes(file_format)
+                _quantize(source, temporary, self.inputs, file_format, is_channels_last=transposes)
+                self.store.before_change()
+
+        self.store.run(f"quantize {self.role.value} {file_format.value}", key, (path,), make)
+
+    def result(self, file_format: Format, precision: Precision, path: Path) -> ArtifactResult:
+        """The file with how far its outputs are from the network's."""
+        transposes = self._transposes(file_format)
+        artifact = Artifact.of_file(
+            path, format=file_format, precision=precision, role=self.role, is_channels_last=transposes
         )
-        for artifact in (float_file, int8_file):
-            error = _numeric_error(Path(artifact.path), network, batch, is_channels_last=transposes)
-            float_ops = _float_ops(artifact) if artifact.precision is Precision.INT8 else ()
-            results.append(ArtifactResult(artifact, None, None, error, float_ops))
-    return results
+        error = _numeric_error(path, self.network, self.batch, is_channels_last=transposes)
+        float_ops = _float_ops(artifact) if precision is Precision.INT8 else ()
+        return ArtifactResult(artifact, None, None, error, float_ops)
+
+    def _transposes(self, file_format: Format) -> bool:
+        """Whether the file takes NHWC where the network takes NCHW."""
+        return file_format is Format.TFLITE and self.inputs.calibration.preprocess.layout == "NCHW"
 
 
 def measure_quality(

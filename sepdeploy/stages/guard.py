@@ -90,24 +90,31 @@ class _MemoryFile(MutableMapping[str, "float | GuardStep"]):
         return len(self._values)
 
 
-def trace(store: StageStore, inputs: Inputs) -> Trace:
-    """Find every convolution; work/trace.json."""
+def trace(store: StageStore, options: ConvertOptions, inputs: Inputs) -> Trace:
+    """Find every convolution, and linear layers if asked; work/trace.json."""
     path = store.work / "trace.json"
 
     def make() -> None:
-        write_json(path, trace_network(inputs.network, inputs.example()))
+        traced = trace_network(inputs.network, inputs.example(), includes_linear=options.includes_linear)
+        write_json(path, traced)
 
-    store.run("trace", inputs.network_key(), (path,), make)
+    key = {**inputs.network_key(), "includes_linear": options.includes_linear}
+    store.run("trace", key, (path,), make)
     return read_json(Trace, path)
 
 
 def propose(store: StageStore, options: ConvertOptions, inputs: Inputs, traced: Trace) -> Plan:
     """Everything that the scheme can replace, whatever it costs in accuracy; work/proposal.json."""
     path = store.work / "proposal.json"
-    key = {**inputs.network_key(), "scheme": options.scheme, "options": repr(options.scheme_options)}
+    key = {
+        **inputs.network_key(),
+        "scheme": options.scheme,
+        "options": repr(options.scheme_options),
+        "includes_linear": options.includes_linear,
+    }
 
     def make() -> None:
-        plan = propose_plan(traced, options.scheme, options.scheme_options)
+        plan = propose_plan(traced, options.scheme, options.scheme_options, inputs.network)
         write_json(path, drop_failing(inputs.network, traced, plan, inputs.example()))
 
     store.run("plan", key, (path,), make)

@@ -8,16 +8,20 @@ from pathlib import Path
 
 from torch import nn
 
+from sepdeploy.analyze.liveness import measure_memory
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.codec import write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_file, write_text
 from sepdeploy.core.manifest import FileEntry, Manifest
 from sepdeploy.core.measurement import Quality
+from sepdeploy.core.memory import MemoryProfile
 from sepdeploy.core.options import TARGETS, ConvertOptions
 from sepdeploy.core.plan import Plan
+from sepdeploy.core.receptive_field import receptive_field
 from sepdeploy.core.report import ArtifactResult, Check, NetworkCost, Report
 from sepdeploy.errors import ContractError
+from sepdeploy.passes.lower_chains import try_lowerings
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.render.html import render_html
 from sepdeploy.stages.deploy import versions
@@ -59,6 +63,7 @@ def make_report(
         traced.site(name).macs - candidate.macs for name, candidate in plan.replaced.items()
     )
     convs = len(traced.sites)
+    memory_before, memory_after = (measure_memory(each, inputs.example()) for each in (inputs.network, network))
     return Report(
         version=__version__,
         model=str(options.model),
@@ -73,6 +78,8 @@ def make_report(
         validation=summarize_images(inputs.validation),
         original=NetworkCost(traced.total_macs, traced.total_params, convs),
         converted=NetworkCost(converted_macs, sum(p.numel() for p in network.parameters()), convs),
+        original_memory=memory_before.memory,
+        converted_memory=memory_after.memory,
         plan=plan,
         transfer=guard.transfers,
         guard=guard.steps,
@@ -80,7 +87,14 @@ def make_report(
         converted_quality=guard.quality,
         artifacts=in_bundle,
         checks=_checks(options, plan, in_bundle, guard),
-        notes=(*inputs.notes, *_quality_notes(inputs, traced, original_quality), *_file_notes(options, in_bundle)),
+        notes=(
+            *inputs.notes,
+            *_quality_notes(inputs, traced, original_quality),
+            *_field_notes(traced, plan),
+            *_memory_notes(options, plan, memory_before, memory_after),
+            *_lowering_notes(options, network),
+            *_file_notes(options, in_bundle),
+        ),
     )
 
 
@@ -158,6 +172,56 @@ def _quality_notes(inputs: Inputs, traced: Trace, quality: Quality) -> tuple[str
         f"the original network gets only {100 * quality.accuracy_ratio:.1f}% of the validation images right, about "
         f"chance for {classes} classes: check the preprocessing and the order of the classes before trusting any "
         "accuracy here",
+    )
+
+
+def _field_notes(traced: Trace, plan: Plan) -> tuple[str, ...]:
+    """Whether the replaced convolutions still see the whole volume that the original ones saw."""
+    shares = {}
+    for name, candidate in plan.replaced.items():
+        spec = traced.site(name).spec
+        if spec is not None:
+            shares[name] = receptive_field(candidate.form).share_of(receptive_field(spec.as_factor()))
+    broken = {name: share for name, share in shares.items() if share < 1}
+    if not broken:
+        return ()
+    worst = min(broken, key=lambda name: broken[name])
+    return (
+        f"{len(broken)} of {len(shares)} replaced convolutions no longer see every channel and pixel that the original "
+        f"ones saw; {worst} sees {100 * broken[worst]:.3g}% of them. Features stop mixing there: prefer a scheme that "
+        "keeps the volumetric receptive field (sepdeploy schemes lists them), or --overlap 1 or more",
+    )
+
+
+def _memory_notes(options: ConvertOptions, plan: Plan, before: MemoryProfile, after: MemoryProfile) -> tuple[str, ...]:
+    """Where a separable form needs more activation memory than the convolution in whose place it is."""
+    added = {}
+    for name in plan.replaced:
+        dense, form = (profile.module_peak_bytes(name, options.precision) for profile in (before, after))
+        if dense is not None and form is not None and form > dense:
+            added[name] = form / dense
+    if not added or after.peak_bytes(options.precision) <= before.peak_bytes(options.precision):
+        return ()
+    worst = max(added, key=lambda name: added[name])
+    return (
+        f"the network needs more activation memory than before: {len(added)} of {len(plan.replaced)} separable forms "
+        f"keep more alive while they run, {worst} {added[worst]:.2f}x as much; fewer terms or middle channels need less",
+    )
+
+
+def _lowering_notes(options: ConvertOptions, network: nn.Module) -> tuple[str, ...]:
+    """Lowerings that the user asked for and that changed no convolution, with every reason why."""
+    wanted = options.lowering or ()
+    chains = try_lowerings(network, wanted)
+    applied = {name for chain in chains for name in chain.applied}
+    reasons = {
+        name: dict.fromkeys(refusal.value for chain in chains for refused, refusal in chain.refused if refused == name)
+        for name in wanted
+    }
+    return tuple(
+        f"--lowering {name} applies to no convolution: {'; '.join(reasons[name]) or 'none is replaced'}"
+        for name in wanted
+        if name not in applied
     )
 
 

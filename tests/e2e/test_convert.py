@@ -255,7 +255,8 @@ def test_inspect(capsys):
     assert run([*arguments, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [site["name"] for site in data["trace"]["sites"]] == [f"features.{i}.0" for i in range(5)]
-    assert set(data["candidates"]["features.4.0"]) == {"depthwise_separable", "spatial_separable"}
+    shown = {"depthwise_separable", "spatial_separable", "low_rank", "optimized_separable"}
+    assert set(data["candidates"]["features.4.0"]) == shown
 
 
 def test_the_module_starts_without_torch_and_states_its_version():

@@ -6,6 +6,7 @@ from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.chain import Chain, ChainSum, Factor
 from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
 from sepdeploy.core.measurement import Environment, Latency, Method, Quality
+from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
 from sepdeploy.core.report import ArtifactResult, Check, DataSummary, GuardStep, LayerTransfer, NetworkCost, Report
 
@@ -120,6 +121,8 @@ def success_report() -> Report:
         validation=DataSummary("photos/validation", 2000, True, ("broken.jpg",), "b" * 64),
         original=NetworkCost(40_551_040, 269_722, 6),
         converted=NetworkCost(14_212_096, 101_530, 6),
+        original_memory=ActivationMemory(208_896, 52_224),
+        converted_memory=ActivationMemory(274_432, 68_608),
         plan=PLAN,
         transfer=(
             LayerTransfer("layer1.0.conv2", 0.412, 0.121, "anchored"),
@@ -197,7 +200,16 @@ def nothing_replaced_report() -> Report:
     report = success_report()
     kept = Kept(Reason.NOT_CHEAPER)
     plan = replace(PLAN, decisions=tuple(replace(each, outcome=kept) for each in PLAN.decisions))
-    return replace(report, plan=plan, converted=report.original, transfer=(), guard=(), artifacts=(), checks=())
+    return replace(
+        report,
+        plan=plan,
+        converted=report.original,
+        converted_memory=report.original_memory,
+        transfer=(),
+        guard=(),
+        artifacts=(),
+        checks=(),
+    )
 
 
 def hostile_report() -> Report:

@@ -155,7 +155,17 @@ def test_input_with_other_channels(place, capfd):
     ("arguments", "part"),
     [
         (["--scheme", "spatial_separable", "--terms", "2"], "--terms belongs to --scheme depthwise_separable"),
-        (["--rank-ratio", "0.5"], "--rank-ratio belongs to --scheme spatial_separable"),
+        (["--rank-ratio", "0.5"], "--rank-ratio belongs to --scheme spatial_separable or low_rank, not to depthwise"),
+        (
+            ["--factors", "3"],
+            "--factors belongs to --scheme optimized_separable or spatial_optimized, not to",
+        ),
+        (["--scheme", "optimized_separable", "--factors", "0"], "--factors must be 1 to 12 or 'optimal', got 0"),
+        (["--scheme", "optimized_separable", "--overlap", "nan"], "--overlap must be a number above 0"),
+        (["--scheme", "optimized_separable", "--groups", "0,auto"], "must be at least 1"),
+        (["--scheme", "optimized_separable", "--groups", "8,x"], "G[,G...]"),
+        (["--scheme", "optimized_separable", "--kernel-sizes", "3,3"], "3x1,1x3"),
+        (["--scheme", "depthwise", "--min-group-channels", "8"], "--min-group-channels belongs to --scheme grouped or"),
         (["--rank-ratio", "nan", "--scheme", "spatial_separable"], "rank-ratio"),
         (["--target", "litert"], "--target litert runs tflite files, which --formats leaves out"),
         (["--formats", "onnx,coreml"], "onnx, tflite"),
@@ -271,6 +281,59 @@ def test_inspect(place, capfd):
     arguments = ["inspect", "net.pt", "--arch", "nets.py:Net", "--input-shape"]
     assert "does not run on an input of shape (1, 5, 16, 16)" in refusal(capfd, [*arguments, "5,16,16"], 2)
     assert "No such file" in refusal(capfd, ["inspect", "none.pt", "--arch", "nets.py:Net"], 2)
+
+    network = [*arguments, "3,16,16", "--scheme"]
+    assert "--terms belongs to --scheme depthwise_separable" in refusal(
+        capfd, [*network, "low_rank", "--terms", "1"], 2
+    )
+    assert "'dense' is not a list of depthwise" in refusal(capfd, [*network, "dense"], 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--arch", "nets.py:Net"], "no argument that scales its channels"),
+        (["--arch", "nets.py:Net", "--width-argument", "depth"], "has no argument 'depth'; it takes num_classes"),
+        (["--arch", "nets.py:Net", "--multiplier", "0"], "--multiplier"),
+        (["--arch", "nets.py:Net", "--multiplier", "nan"], "--multiplier"),
+        (["--arch", "nets.py:Net", "--step", "0"], "--step"),
+        (["--arch", "nets.py:Net", "--scheme", "dense"], "'dense' is not a list of all, depthwise"),
+        (["--arch", "nets.py:Net", "--scheme", "all", "--output", "out"], "--output takes one variant"),
+        (["--arch", "nets.py:Net", "--match", "latency"], "'latency' is not one of"),
+        (["--arch", "nets.py:Net", "--middle", "relu"], "'relu' is not one of"),
+        (
+            ["--arch", "nets.py:Net", "--terms", "2"],
+            "--terms belongs to --scheme depthwise_separable, not",
+        ),
+        (
+            ["--arch", "nets.py:Net", "--multiplier", "1", "--input-shape", "5,16,16"],
+            "does not run on an input of shape",
+        ),
+        (["--arch", "nets.py:Net", "--multiplier", "1", "--output", "net.pt"], "write"),
+        (["--arch", "nets.py:Net", "--multiplier", "1", "--kernel-position", "3"], "--kernel-position 3 is beyond"),
+        (["--arch", "nets.py:Gone"], "nets.py has no Gone"),
+        (["--arch", "timm:no_such_net"], "timm"),
+        ([], "--arch"),
+    ],
+)
+def test_design(place, capfd, arguments, part):
+    shape = [] if "--input-shape" in arguments else ["--input-shape", "3,16,16"]
+    code = 4 if "timm" in part else 2
+    assert part in refusal(capfd, ["design", *arguments, *shape], code)
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--channels", "0"], "--channels"),
+        (["--kernel-size", "x"], "--kernel-size"),
+        (["--input-size", "-3"], "--input-size"),
+        (["--scheme", "dense"], "No such option"),
+    ],
+)
+def test_schemes(capfd, arguments, part):
+    assert part in refusal(capfd, ["schemes", *arguments], 2)
 
 
 def test_unknown_commands_and_none(capfd):

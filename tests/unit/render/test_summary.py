@@ -4,7 +4,6 @@ from types import ModuleType
 import pytest
 
 from sepdeploy.core.artifact import Role
-from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.plan import Reason
 from sepdeploy.core.report import Check
@@ -127,12 +126,3 @@ def test_kept_counts_and_the_sentence_add_up(samples: ModuleType) -> None:
 
     assert summary.kept_counts(plan) == ((Reason.FEW_CHANNELS, 1), (Reason.EXCEEDS_MAX_DROP, 1))
     assert summary.plan_sentence(plan) == "4 of 6 convolutions replaced, 2 kept"
-
-
-def test_forms_are_described() -> None:
-    grouped = Chain((Factor(16, 16, (3, 3), groups=4), Shuffle(4), Factor(16, 32, (1, 1))))
-    spatial = Chain((Factor(16, 8, (3, 1)), Factor(8, 32, (1, 3))))
-
-    assert summary.describe_form(ChainSum((grouped,))) == "3x3 g4 16, shuffle 4, 1x1 32"
-    assert summary.describe_form(ChainSum((spatial, spatial))) == "2 x (3x1 8, 1x3 32)"
-    assert summary.describe_form(ChainSum((grouped, spatial))) == "(3x3 g4 16, shuffle 4, 1x1 32) + (3x1 8, 1x3 32)"

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from sepdeploy.core.measurement import Method
-from sepdeploy.core.plan import Plan, SchemeOptions
+from sepdeploy.core.plan import Kept, Plan, Reason, SchemeOptions
 from sepdeploy.errors import ContractError
 from sepdeploy.render import terminal
 
@@ -56,12 +56,33 @@ def test_inspect_totals_are_those_of_the_whole_network(samples: ModuleType) -> N
     assert f"{(trace.total_macs - saved) / trace.total_macs:.2f}x" in totals
 
 
-def test_inspect_spells_out_every_reason_it_shortens(samples: ModuleType) -> None:
-    text = as_text(terminal.inspect_table(*samples.trace_and_candidates()))
+def test_inspect_gives_every_reason_a_letter_and_spells_it_out(samples: ModuleType) -> None:
+    trace, candidates = samples.trace_and_candidates()
+    text = as_text(terminal.inspect_table(trace, candidates))
 
-    assert "not called: the forward pass never runs it" in text
-    assert "depthwise: it is depthwise already" in text
-    assert "not cheaper" not in text
+    reasons = dict.fromkeys(
+        offer.reason for site in trace.sites for offer in candidates[site.name].values() if isinstance(offer, Kept)
+    )
+    assert len(reasons) > 2
+    for letter, reason in zip("abcdefgh", reasons, strict=False):
+        assert f"({letter}) {reason.value}" in text
+    stem = next(line for line in text.splitlines() if line.startswith(" stem"))
+    assert stem.split()[-2:] == ["(a)", "(a)"]
+    assert Reason.NOT_CHEAPER.value not in text
+
+
+def test_inspect_has_room_for_four_schemes(samples: ModuleType) -> None:
+    trace, candidates = samples.trace_and_candidates()
+    four = {
+        site: {name: next(iter(offers.values())) for name in ("depthwise_separable", "low_rank", "b_c", "d_e")}
+        for site, offers in candidates.items()
+    }
+    text = as_text(terminal.inspect_table(trace, four, {"depthwise_separable": "d-"}))
+
+    totals = next(line for line in text.splitlines() if line.strip().startswith("whole"))
+    assert len([cell for cell in totals.split() if cell.endswith("x")]) == 4
+    assert "ratio to those now; d- is depthwise separable." in " ".join(text.split())
+    assert "…" not in text
 
 
 def test_inspect_without_schemes_shows_only_the_network(samples: ModuleType) -> None:
@@ -69,7 +90,7 @@ def test_inspect_without_schemes_shows_only_the_network(samples: ModuleType) -> 
 
     text = as_text(terminal.inspect_table(trace, {}))
 
-    assert "MACs ratio" not in text
+    assert "MACs with each scheme" not in text
     assert "whole network" in text
 
 

@@ -115,7 +115,7 @@ def test_architecture_that_is_gone_or_changed(finished, bundle, tmp_path):
 
 
 def test_architecture_that_does_not_fit(bundle):
-    with pytest.raises(UsageError, match="has no convolution '0'"):
+    with pytest.raises(UsageError, match="has no layer '0'"):
         load(bundle, arch="models.digits:digits_cnn")
     with pytest.raises(UsageError, match="do not fit"):
         rebuild(build(), _empty_plan(), {"other.weight": torch.zeros(1)})

@@ -1,4 +1,6 @@
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -7,10 +9,16 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from sepdeploy.core.conv import Trace
-from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError
+from sepdeploy.core.artifact import Format, Precision, Role
+from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
+from sepdeploy.core.conv import ConvSpec, Trace
+from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.stage_store import StageStore
+from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError, UsageError
+from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.stages import deploy
 from sepdeploy.stages.deploy import _check_numerics, _largest_error, _numeric_error, fold_network
+from sepdeploy.stages.report import _lowering_notes
 
 NAN, INF = math.nan, math.inf
 BATCH = np.ones((2, 3), np.float32)
@@ -99,3 +107,123 @@ def test_fold_that_changes_the_outputs_is_a_bug(monkeypatch, wrong):
     monkeypatch.setattr(deploy, "fold_batchnorm", lambda network, norms: network.values.fill_(wrong))
     with pytest.raises(ContractError, match="folding the batch norms changed the outputs"):
         fold_network(Sum(0.0, 0.0, 0.0), NO_SITES, BATCH)
+
+
+SPEC = ConvSpec(8, 8, (3, 3), padding=(1, 1, 1, 1))
+SHUFFLED = ChainSum(
+    (Chain((Factor(8, 8, (3, 3), padding=(1, 1, 1, 1), groups=2), Shuffle(2), Factor(8, 8, (1, 1), groups=4))),)
+)
+PLAIN = ChainSum((Chain((Factor(8, 8, (3, 3), padding=(1, 1, 1, 1), groups=8), Factor(8, 8, (1, 1)))),))
+
+
+class Images:
+    """What deploy asks of a set of images."""
+
+    sha256 = "images"
+    preprocess = SimpleNamespace(layout="NCHW")
+    pixels = np.random.default_rng(0).standard_normal((8, 8, 6, 6)).astype(np.float32)
+
+    def head(self, count):
+        return self
+
+    def batches(self, size):
+        for start in range(0, len(self.pixels), size):
+            yield self.pixels[start : start + size], None
+
+
+class Run:
+    """Deploys a network with one convolution of the given form, again and again into the same folder."""
+
+    def __init__(self, folder, form):
+        torch.manual_seed(0)
+        chain = ChainConv2d(form, SPEC, bias=True)
+        self.folder, self.network = folder, nn.Sequential(chain, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+        self.stages = []
+
+    def stage(self, text):
+        self.stages.append(text)
+
+    def step(self, done, total):
+        pass
+
+    def deploy(self, lowering=None, role=Role.CONVERTED):
+        self.stages = []
+        options = ConvertOptions(Path("model.pt"), "a:b", "images", formats=(Format.ONNX,), lowering=lowering)
+        inputs = SimpleNamespace(calibration=Images(), validation=Images(), network_key=dict)
+        store = StageStore(self.folder, on_change=lambda: None)
+        trace = Trace(sites=(), input_shape=(1, 8, 6, 6), output_shapes=((1, 4, 6, 6),), total_macs=0, total_params=0)
+        return deploy.deploy(store, options, inputs, trace, self.network, role, "weights", self)
+
+    def ops(self, name):
+        return {node.op_type for node in onnx.load(self.folder / name).graph.node}
+
+
+def test_each_file_is_lowered_as_its_runtime_likes_it(tmp_path):
+    run = Run(tmp_path, SHUFFLED)
+    float_file, int8_file = run.deploy()
+    assert "Gather" in run.ops("model.onnx")
+    assert "Gather" not in run.ops("work/int8_source.onnx") | run.ops("model.int8.onnx")
+    assert (float_file.artifact.precision, int8_file.artifact.precision) == (Precision.FLOAT32, Precision.INT8)
+    assert float_file.max_abs_error < 1e-5 < int8_file.max_abs_error < 0.1
+    assert isinstance(run.network[0].form.terms[0].stages[1], Shuffle)  # the network itself stays
+    assert len(run.stages) == 3
+    run.deploy()
+    assert run.stages == []
+
+
+def test_one_form_for_both_files_needs_no_second_export(tmp_path):
+    run = Run(tmp_path, PLAIN)
+    run.deploy()
+    assert [stage.split()[0] for stage in run.stages] == ["exporting", "quantizing"]
+    assert not (tmp_path / "work" / "int8_source.onnx").exists()
+    run.deploy(lowering=("fold_norm", "terms_as_branches"))  # changes nothing here
+    assert run.stages == []
+
+
+def test_another_lowering_makes_the_files_anew(tmp_path):
+    run = Run(tmp_path, SHUFFLED)
+    run.deploy()
+    run.deploy(lowering=("fold_shuffle",))
+    assert "Gather" not in run.ops("model.onnx") | run.ops("model.int8.onnx")
+    assert run.stages == ["exporting the converted network to onnx"]  # the same bytes as those quantized before
+    run.deploy(lowering=("hybrid",))
+    assert len(run.stages) == 2
+    assert "Concat" in run.ops("model.onnx") & run.ops("model.int8.onnx")
+    run.deploy(lowering=())
+    assert {"Gather"} == (run.ops("model.onnx") & run.ops("model.int8.onnx") & {"Gather", "Concat"})
+
+
+def test_unknown_lowering_is_refused_before_anything_is_made(tmp_path):
+    run = Run(tmp_path, PLAIN)
+    with pytest.raises(UsageError, match="no lowering 'towers'"):
+        run.deploy(lowering=("towers",))
+    assert run.stages == []
+
+
+def test_a_lowering_that_computes_something_else_is_found(tmp_path, monkeypatch):
+    def wrong(network, names):
+        network[2].bias.data += 1
+
+    monkeypatch.setattr(deploy, "lower_chains", wrong)
+    with pytest.raises(ToolError, match="computes something else"):
+        Run(tmp_path, SHUFFLED).deploy(lowering=("fold_shuffle",))
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_note_names_lowerings_that_apply_nowhere(tmp_path):
+    def notes(form, *names):
+        options = ConvertOptions(Path("model.pt"), "a:b", "images", lowering=names or None)
+        return _lowering_notes(options, Run(tmp_path, form).network)
+
+    assert notes(SHUFFLED) == notes(SHUFFLED, "fold_shuffle") == ()
+    assert notes(PLAIN, "resnext", "fold_norm", "fold_shuffle") == (
+        "--lowering fold_norm applies to no convolution: it has no batch norm between its stages",
+        "--lowering fold_shuffle applies to no convolution: it has no channel shuffle",
+    )
+    options = ConvertOptions(Path("model.pt"), "a:b", "images", lowering=("resnext",))
+    assert _lowering_notes(options, nn.ReLU()) == ("--lowering resnext applies to no convolution: none is replaced",)
+
+
+def test_a_lowering_is_named_once():
+    with pytest.raises(UsageError, match="--lowering names one twice: resnext,resnext"):
+        ConvertOptions(Path("model.pt"), "a:b", "images", lowering=("resnext", "resnext"))
