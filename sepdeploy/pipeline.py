@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sepdeploy.analyze.liveness import measure_memory
 from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.design import DesignOptions, DesignResult
 from sepdeploy.core.files import sha256_of_file, write_text
+from sepdeploy.core.inspection import Inspection
 from sepdeploy.core.options import ConvertOptions
-from sepdeploy.core.plan import Candidate, Kept, Plan, SchemeOptions
+from sepdeploy.core.plan import Candidate, Plan, SchemeOptions
 from sepdeploy.core.progress import Progress, Silent
 from sepdeploy.core.report import ArtifactResult, Report
 from sepdeploy.core.stage_store import StageStore, locked, require_usable
@@ -24,6 +26,7 @@ from sepdeploy.loading.model import load_model
 from sepdeploy.planning.candidates import find_candidate
 from sepdeploy.planning.design_network import design_network
 from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channels_last
+from sepdeploy.planning.memory import memory_with_candidates
 from sepdeploy.schemes.scheme import find_scheme
 from sepdeploy.stages.deploy import artifact_path, deploy, measure_latency, measure_quality, versions
 from sepdeploy.stages.design import check_design_folder, write_design
@@ -172,8 +175,10 @@ def inspect_model(
     input_shape: tuple[int, int, int],
     schemes: Sequence[str],
     options: SchemeOptions,
-) -> tuple[Trace, dict[str, dict[str, Candidate | Kept]], tuple[str, ...]]:
-    """What a network consists of and what each convolution could become.
+    *,
+    includes_linear: bool = False,
+) -> Inspection:
+    """What a network consists of, what each convolution could become, and how much memory that takes.
 
     Args:
         model: The checkpoint.
@@ -181,9 +186,7 @@ def inspect_model(
         input_shape: (C, H, W).
         schemes: Names of the schemes to try.
         options: Hyper-parameters of the schemes.
-
-    Returns:
-        The trace; convolution -> scheme -> candidate or why not; notes from loading.
+        includes_linear: Whether to list linear layers too, as 1x1 convolutions.
 
     Raises:
         SepdeployError: if the network cannot be loaded or traced.
@@ -191,12 +194,23 @@ def inspect_model(
     if min(input_shape) < 1:
         raise UsageError(f"--input-shape must be positive, got {','.join(map(str, input_shape))}")
     loaded = load_model(model, arch)
-    traced = trace_network(loaded.module, torch.zeros(1, *input_shape))
+    example = torch.zeros(1, *input_shape)
+    traced = trace_network(loaded.module, example, includes_linear=includes_linear)
     found = [find_scheme(name) for name in schemes]
     candidates = {
         site.name: {scheme.name: find_candidate(site, scheme, options) for scheme in found} for site in traced.sites
     }
-    return traced, candidates, loaded.notes
+    memory_with, notes = {}, list(loaded.notes)
+    for scheme in found:
+        offers = {name: of_site[scheme.name] for name, of_site in candidates.items()}
+        chosen = {name: offer for name, offer in offers.items() if isinstance(offer, Candidate)}
+        if not chosen:
+            continue
+        try:
+            memory_with[scheme.name] = memory_with_candidates(loaded.module, traced, chosen, example)
+        except UsageError as error:
+            notes.append(f"no memory is given for {scheme.name}: {error}")
+    return Inspection(traced, candidates, measure_memory(loaded.module, example), memory_with, tuple(notes))
 
 
 def _discard_results(folder: Path) -> None:

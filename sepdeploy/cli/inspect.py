@@ -26,6 +26,7 @@ _SHOWN = ("depthwise_separable", "spatial_separable", "low_rank", "optimized_sep
 @click.option("--scheme", "schemes", default=",".join(_SHOWN), show_default=True, type=CommaList(_SCHEMES),
               help=f"Columns of the table: one or more of {', '.join(_SCHEMES)}.")  # fmt: skip
 @scheme_options(SchemeOptions())
+@click.option("--linear", "includes_linear", is_flag=True, help="List linear layers too, as 1x1 convolutions.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
     model: Path,
@@ -33,6 +34,7 @@ def command(
     input_shape: tuple[int, int, int],
     schemes: tuple[str, ...],
     scheme_options: dict[str, Any],
+    includes_linear: bool,
     as_json: bool,
 ) -> None:
     """List the convolutions of the network in the checkpoint MODEL, and what each could become.
@@ -48,24 +50,28 @@ def command(
         from sepdeploy.pipeline import inspect_model
 
         progress.stage("tracing the network")
-        traced, candidates, notes = inspect_model(model, arch, input_shape, schemes, options)
+        found = inspect_model(model, arch, input_shape, schemes, options, includes_linear=includes_linear)
     if as_json:
         import json
 
         from sepdeploy.core.codec import to_data
+        from sepdeploy.render.memory import memory_data
 
         data = {
-            "trace": to_data(traced),
+            "trace": to_data(found.trace),
             "candidates": {
-                site: {scheme: to_data(found) for scheme, found in of_site.items()}
-                for site, of_site in candidates.items()
+                site: {scheme: to_data(offer) for scheme, offer in of_site.items()}
+                for site, of_site in found.candidates.items()
             },
-            "notes": list(notes),
+            "memory": memory_data(found),
+            "notes": list(found.notes),
         }
         click.echo(json.dumps(data, indent=1))
         return
+    from sepdeploy.render.memory import memory_table
     from sepdeploy.render.terminal import inspect_table
 
-    print_tables(inspect_table(traced, candidates, {name: find_scheme(name).prefix for name in schemes}))
-    for note in notes:
+    headings = {name: find_scheme(name).prefix for name in schemes}
+    print_tables(inspect_table(found.trace, found.candidates, headings), memory_table(found, headings))
+    for note in found.notes:
         click.echo(f"note: {note}")

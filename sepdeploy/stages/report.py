@@ -205,7 +205,7 @@ def _memory_notes(options: ConvertOptions, plan: Plan, before: MemoryProfile, af
     worst = max(added, key=lambda name: added[name])
     return (
         f"the network needs more activation memory than before: {len(added)} of {len(plan.replaced)} separable forms "
-        f"keep more alive while they run, {worst} {added[worst]:.2f}x as much; fewer terms or middle channels need less",
+        f"keep more alive while they run, {worst} {added[worst]:.2f}x as much; fewer terms or middle channels help",
     )
 
 
