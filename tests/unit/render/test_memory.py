@@ -55,7 +55,7 @@ def test_only_replaceable_layers_are_shown_and_the_ratio_tells_more_from_less():
         "3.26",
         f"{83 / 51:.2f}x",
         f"{38 / 51:.2f}x",
-    ]  # three middle channels, 32 outputs, 3 of the network's input
+    ]  # low rank: 3 + 3 + 32 channels
     assert not any(line.strip().startswith("0 ") for line in lines)  # the stem has too few channels for any scheme
     (total,) = (line.split() for line in lines if line.strip().startswith("whole network"))
     assert total[2:5] == ["13.1", "3.26", f"{83 / 51:.2f}x"]

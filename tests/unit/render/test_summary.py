@@ -75,6 +75,7 @@ def test_summary_rows(samples: ModuleType) -> None:
         ("0.305 MB", "0.142 MB", "2.16x smaller"),
         ("40.6 M", "14.2 M", "2.85x fewer"),
         ("270 k", "102 k", "2.66x fewer"),
+        ("52.2 kB", "68.6 kB", "1.31x larger"),
         ("0.377 (0.358) ms", "0.205 (0.195) ms", "1.84x faster"),
     ]
     assert rows[0].quantity == "Accuracy (PyTorch to LiteRT int8, 2,000 images)"
@@ -86,7 +87,7 @@ def test_summary_without_files_says_so(samples: ModuleType) -> None:
     assert rows[0].quantity == "Accuracy (PyTorch, 2,000 images)"
     assert (rows[1].original, rows[1].converted, rows[1].change) == ("not made", "not made", "")
     assert rows[2].change == "unchanged"
-    assert (rows[4].original, rows[4].converted, rows[4].change) == ("not measured", "not measured", "")
+    assert (rows[5].original, rows[5].converted, rows[5].change) == ("not measured", "not measured", "")
 
 
 def test_speedup_is_the_interleaved_one_where_the_original_is_the_reference(samples: ModuleType) -> None:
