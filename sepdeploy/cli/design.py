@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from sepdeploy.cli.parameters import CommaList, Shape, print_tables, shown_progress
 from sepdeploy.cli.scheme_options import scheme_options
-from sepdeploy.core.design import ACTIVATIONS, FROM_SCRATCH, DesignOptions, Match, Middle
+from sepdeploy.core.design import ACTIVATIONS, FROM_SCRATCH, DesignOptions, DesignResult, Match, Middle
+from sepdeploy.core.progress import Progress
+from sepdeploy.errors import UsageError
 from sepdeploy.schemes.scheme import SCHEMES
 
 __all__ = ["command"]
@@ -41,7 +44,8 @@ _SCHEMES = tuple(name for name in SCHEMES if name != "dense")
 @click.option("--activation", default="relu", show_default=True, type=click.Choice(ACTIVATIONS), help="The activation "
               "of --middle norm_activation.")  # fmt: skip
 @click.option("--replace-pointwise", is_flag=True, help="Replace 1x1 convolutions too.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the fresh weights.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), metavar="N",
+              help="Seed of the fresh weights.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Write a bundle that sepdeploy.load "
               "gives back as an nn.Module to train; for one scheme.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -73,6 +77,7 @@ def command(
     names = _SCHEMES if "all" in schemes else schemes
     if output is not None and len(names) > 1:
         raise click.UsageError("--output takes one variant: name one --scheme")
+    _require_consistent(middle)
     options = DesignOptions(
         arch=arch,
         input_shape=input_shape,
@@ -90,18 +95,48 @@ def command(
         command=shlex.join(["sepdeploy", *click.get_current_context().obj]),
     )
     with shown_progress(is_quiet=as_json) as progress:
-        from sepdeploy.pipeline import design  # torch: only when there is something to do
+        results, refusals = _designs(options, names, progress)
+    from sepdeploy.render.format_numbers import printable
 
-        results = [design(replace(options, scheme=name), progress)[1] for name in names]
     if as_json:
         import json
 
         from sepdeploy.core.codec import to_data
 
         click.echo(json.dumps([to_data(result) for result in results], indent=1))
-        return
-    from sepdeploy.render.designs import designs_table
+    else:
+        from sepdeploy.render.designs import designs_table
 
-    print_tables(designs_table(results))
-    if output is not None:
+        print_tables(designs_table(results))
+    for refusal in refusals:
+        click.echo(f"note: {printable(str(refusal))}", err=as_json)
+    if output is not None and not as_json:
         click.echo(f"bundle: {output}")
+
+
+def _require_consistent(middle: Middle) -> None:
+    """Refuse options that another one leaves without effect."""
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    for name in ("match", "step"):
+        if {"multiplier", name} <= given:
+            raise click.UsageError(f"--multiplier leaves nothing to search for: leave out --{name}")
+    if "activation" in given and middle != "norm_activation":
+        raise click.UsageError("--activation is that of --middle norm_activation: give both or neither")
+
+
+def _designs(
+    options: DesignOptions, names: tuple[str, ...], progress: Progress
+) -> tuple[list[DesignResult], list[UsageError]]:
+    """The variants, and why those that are missing have none; an error only if that are all."""
+    from sepdeploy.pipeline import design  # torch: only when there is something to do
+
+    results, refusals = [], []
+    for name in names:
+        try:
+            results.append(design(replace(options, scheme=name), progress)[1])
+        except UsageError as error:
+            refusals.append(error)
+    if not results:
+        raise refusals[0]
+    return results, refusals

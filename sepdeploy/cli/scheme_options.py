@@ -66,8 +66,8 @@ _OPTIONS: dict[str, tuple[Any, str, str]] = {
     "middle_channels": (_Words("N[,N...]", int), "N[,N...]", "The middle channels themselves, instead of --policy"),
     "kernel_position": (click.IntRange(min=1), "L", "Which convolution of an optimized-separable chain has the kernel, "
                         "from 1"),
-    "kernel_sizes": (_Words("3x1,1x3", _kernel), "HxW,HxW...", "Kernel of each convolution of an optimized-separable "
-                     "chain"),
+    "kernel_sizes": (_Words("a list such as 3x1,1x3", _kernel), "HxW,HxW...", "Kernel of each convolution of an "
+                     "optimized-separable chain"),
     "groups": (_Words("G[,G...] with auto for those to be found", _or_none("auto")), "G[,G...]",
                "Groups of each convolution of the chain, 'auto' where they are to be found: 8,auto"),
     "min_group_channels": (click.IntRange(min=1), "N", "Fewest channels that a group reads or returns"),
@@ -97,16 +97,35 @@ def scheme_options(defaults: SchemeOptions) -> Callable[[_T], _T]:
                 for name, value in values.items()
                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT
             }
+            _require_consistent(given)
             return command(scheme_options=given, **arguments)
 
         decorated: Any = collecting
         for name, (kind, metavar, text) in reversed(_OPTIONS.items()):
-            flag = f"--{name.replace('_', '-')}"
             help_text = f"{text} ({_default_text(getattr(defaults, name), name)})."
-            decorated = click.option(flag, type=kind, metavar=metavar, help=help_text)(decorated)
+            decorated = click.option(_flag(name), type=kind, metavar=metavar, help=help_text)(decorated)
         return decorated  # type: ignore[no-any-return]
 
     return decorate
+
+
+def _require_consistent(given: dict[str, Any]) -> None:
+    """Refuse options of which one would silently win over another."""
+    for name, other in (("policy", "middle_channels"), ("kernel_position", "kernel_sizes")):
+        if name in given and other in given:
+            raise click.UsageError(f"{_flag(name)} has no effect beside {_flag(other)}: give one of them")
+    counts: dict[str, int] = {name: len(given[name]) for name in ("groups", "kernel_sizes") if name in given}
+    if given.get("factors") is not None:
+        counts["factors"] = given["factors"]
+    if len(given.get("middle_channels", ())) > 1:  # one number stands for all
+        counts["middle_channels"] = len(given["middle_channels"]) + 1
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{_flag(name)} {count}" for name, count in counts.items())
+        raise click.UsageError(f"a chain cannot have different numbers of convolutions: {found}; make them agree")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _default_text(value: Any, name: str) -> str:

@@ -70,8 +70,8 @@ class SchemeOptions:
             the outputs no longer see every input channel.
         policy: How many middle channels an optimized-separable chain has.
         middle_channels: The middle channels themselves, N - 1 of them or one for all; empty takes the policy.
-        kernel_position: Which factor has the KxK kernel (the Kx1 one, the 1xK one following), from 1; None tries the
-            first and the last and takes the better.
+        kernel_position: Which factor has the KxK kernel (the Kx1 one, the 1xK one following), from 1; None is N // 2,
+            and in a chain of two with KxK whichever comes nearer to the trained kernel.
         kernel_sizes: (Kh, Kw) of each factor; empty leaves it to `kernel_position`.
         groups: Groups of each factor, None where they are to be found; empty finds all. For the grouped scheme one
             number, 4 if empty.
@@ -79,8 +79,8 @@ class SchemeOptions:
             return. Grouped int8 kernels are slow below 8; 16 or 32 suit vector units better.
         group_rounding: 'uneven' keeps the best number of groups, some of which then have one channel more than
             others; 'divisor' takes the best number that divides the channels, one plain grouped convolution;
-            'auto' takes 'divisor' where it costs at most a tenth more weights; 'padded' fills groups up with zeros, as
-            the authors of the method do.
+            'auto' takes 'divisor' where it costs at most a tenth more weights, for the grouped scheme never; 'padded'
+            fills groups up with zeros, as the authors of the method do.
 
     Raises:
         UsageError: if a value is outside its range.

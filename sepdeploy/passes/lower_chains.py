@@ -11,7 +11,7 @@ from torch import nn
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.passes.replace_convs import replace_modules
 from sepdeploy.schemes.lowerings.lowering import Lowering, Refusal, find_lowering
-from sepdeploy.schemes.module import ChainConv2d
+from sepdeploy.schemes.module import ChainConv2d, chain_class
 from sepdeploy.schemes.weighted import WeightedSum
 
 __all__ = ["DEFAULT_LOWERINGS", "LoweredChain", "lower_chains", "lowerings_that_apply", "try_lowerings"]
@@ -75,7 +75,7 @@ def lower_chains(model: nn.Module, names: Sequence[str]) -> tuple[LoweredChain, 
         results.append(lowered)
         if lowered.applied:
             dtype = next(module.parameters()).dtype
-            replacements[name] = type(module).from_weighted(terms, module.spec, dtype=dtype)
+            replacements[name] = chain_class(module).from_weighted(terms, module.spec, dtype=dtype)
     replace_modules(model, replacements)
     return tuple(results)
 
@@ -93,7 +93,12 @@ def lowerings_that_apply(model: nn.Module, names: Sequence[str]) -> tuple[str, .
 
 
 def _chains(model: nn.Module) -> dict[str, ChainConv2d]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, ChainConv2d)}
+    """The chains by name; of those whose own convolutions have become chains only the inner ones."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ChainConv2d) and sum(isinstance(part, ChainConv2d) for part in module.modules()) == 1
+    }
 
 
 def _lower(name: str, terms: WeightedSum, lowerings: Sequence[Lowering]) -> tuple[WeightedSum, LoweredChain]:

@@ -20,7 +20,7 @@ from sepdeploy.core.conv import ConvSite, ConvSpec, Trace
 from sepdeploy.core.design import DesignOptions, DesignResult, with_middle
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced
 from sepdeploy.core.progress import Progress, Silent
-from sepdeploy.core.quiet import error_summary
+from sepdeploy.core.quiet import error_summary, quiet
 from sepdeploy.core.receptive_field import receptive_field
 from sepdeploy.core.report import NetworkCost
 from sepdeploy.errors import ContractError, UsageError
@@ -74,7 +74,9 @@ def _design(options: DesignOptions, progress: Progress) -> DesignedNetwork:
     unfit = _unfit_sites(network, traced, options)
     scaled = scaled_architecture(options.arch, options.width_argument)
     multiplier = options.multiplier
-    if multiplier is None:
+    if multiplier is not None:
+        _cost_at(scaled.at(multiplier), unfit, options)  # refuses a width that the network does not run at
+    else:
         progress.stage(f"searching the channel multiplier for {options.scheme}")
         multiplier, _ = match_multiplier(
             lambda value: _cost_at(scaled.at(value), unfit, options), original, options.match, options.step
@@ -98,7 +100,7 @@ def _unfit_sites(network: nn.Module, traced: Trace, options: DesignOptions) -> d
 def _form(spec: ConvSpec, options: DesignOptions) -> ChainSum | Kept:
     """What a convolution of this geometry becomes, or why it stays."""
     if spec.is_pointwise and not options.replaces_pointwise:
-        return Kept(Reason.POINTWISE, "--replace-pointwise asks the scheme")
+        return Kept(Reason.POINTWISE, "--replace-pointwise offers it to the scheme")
     scheme = find_scheme(options.scheme)
     refusal = scheme.check(spec)
     if refusal is not None:
@@ -134,16 +136,16 @@ def _cost_at(spec: str, unfit: Mapping[str, Kept], options: DesignOptions) -> Ne
     """Cost of a variant that is never computed: on the meta device, or on the CPU where the network refuses that."""
     for device in ("meta", "cpu"):
         try:
-            with torch.device(device):
+            with torch.device(device), quiet():
                 network = copy_network(build_architecture(spec).module).eval()
                 replaced = _replace(network, unfit, options)
                 with FlopCounterMode(display=False) as counter:
                     network(torch.zeros(1, *options.input_shape))
         except Exception as error:  # the user's code: it may need real values, or fail at this width
             if device == "cpu":
-                if isinstance(error, UsageError):
-                    raise
-                raise UsageError(f"{spec} does not run as {options.scheme}: {error_summary(error)}") from error
+                is_ours = isinstance(error, UsageError)
+                reason = error if is_ours else f"{spec} does not run as {options.scheme}: {error_summary(error)}"
+                raise UsageError(f"{reason}; give a --multiplier that the network can be built at") from error
         else:
             params = sum(parameter.numel() for parameter in network.parameters())
             return NetworkCost(counter.get_total_flops() // 2, params, len(replaced))

@@ -64,7 +64,10 @@ def match_multiplier(
     else:
         best = min(near, key=lambda place: abs(excess(place)))
     if best == last:
-        raise UsageError(f"a channel multiplier of {_MOST_MULTIPLIER} is still cheaper than the original")
+        raise UsageError(
+            f"a channel multiplier of {_MOST_MULTIPLIER} is still cheaper than the original: check that the factory's "
+            "width argument scales the channels (--width-argument names it), or give --multiplier"
+        )
     return best * step, cost_of(best)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Chain, ChainSum, Factor
 from sepdeploy.core.plan import Reason
+from sepdeploy.errors import UsageError
 from sepdeploy.schemes.scheme import MIN_CHANNELS_PER_GROUP
 
 if TYPE_CHECKING:
@@ -40,10 +42,19 @@ class Grouped:
         return Reason.FEW_CHANNELS if spec.in_channels < MIN_CHANNELS_PER_GROUP else None
 
     def design(self, spec: ConvSpec, options: SchemeOptions) -> ChainSum:
-        """The first of `options.groups`, or 4; fewer where --min-group-channels or the channels ask for it."""
+        """The number in `options.groups`, or 4; fewer where other options or the channels ask for it.
+
+        Raises:
+            UsageError: if there are several numbers.
+        """
+        if len(options.groups) > 1:
+            raise UsageError(f"the grouped scheme has one number of groups, got {len(options.groups)}")
         wanted = options.groups[0] if options.groups and options.groups[0] else _DEFAULT_GROUPS
-        most = max(1, min(spec.in_channels, spec.out_channels) // options.min_group_channels)
-        return grouped_form(spec, min(wanted, most), pads_groups=options.group_rounding == "padded")
+        groups = max(1, min(wanted, min(spec.in_channels, spec.out_channels) // options.min_group_channels))
+        if options.group_rounding == "divisor":
+            common = math.gcd(spec.in_channels, spec.out_channels)
+            groups = max(divisor for divisor in range(1, groups + 1) if common % divisor == 0)
+        return grouped_form(spec, groups, pads_groups=options.group_rounding == "padded")
 
     def alternatives(self, spec: ConvSpec, options: SchemeOptions) -> tuple[ChainSum, ...]:  # noqa: ARG002 (protocol)
         """None."""
@@ -63,14 +74,12 @@ def diagonal_blocks(weight: Tensor, factor: Factor) -> Tensor:
     """The part of a dense kernel (O, I, Kh, Kw) that a grouped one can hold, (O, in_per_group, Kh, Kw)."""
     import torch
 
-    starts = torch.tensor([0, *factor.in_groups[:-1]]).cumsum(0)
-    sizes = torch.tensor(factor.in_groups)
-    outputs = torch.tensor(factor.out_groups)
-    column = torch.arange(factor.in_per_group)
-    columns = (starts[:, None] + column).clamp_max(factor.in_channels - 1).repeat_interleave(outputs, 0)
-    is_inside = (column < sizes[:, None]).repeat_interleave(outputs, 0)
+    from sepdeploy.schemes.kernels import input_channels
+
+    columns = input_channels(factor)
+    is_inside = columns < factor.in_channels
     rows = torch.arange(factor.out_channels)[:, None]
-    return weight[rows, columns] * is_inside[:, :, None, None].to(weight.dtype)
+    return weight[rows, columns.clamp_max(factor.in_channels - 1)] * is_inside[:, :, None, None].to(weight.dtype)
 
 
 SCHEME = Grouped()

@@ -12,7 +12,15 @@ from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle, Slice, Stage,
 from sepdeploy.errors import UsageError
 from sepdeploy.schemes.scheme import FactorWeights, Scheme
 
-__all__ = ["compose_chain", "compose_kernels", "dense_kernel", "join_groups", "kernel_error", "split_groups"]
+__all__ = [
+    "compose_chain",
+    "compose_kernels",
+    "dense_kernel",
+    "input_channels",
+    "join_groups",
+    "kernel_error",
+    "split_groups",
+]
 
 
 def split_groups(x: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -39,17 +47,29 @@ def _places(sizes: Sequence[int]) -> Tensor:
     return torch.where(column < counts[:, None], starts[:, None] + column, int(counts.sum()))
 
 
+def input_channels(factor: Factor) -> Tensor:
+    """The input channel that each column of a factor's weight reads, (O, in_per_group).
+
+    `factor.in_channels`, one past the last, where a smaller group has no such column.
+
+    >>> input_channels(Factor(5, 2, (1, 1), groups=2)).tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    sizes = torch.tensor(factor.in_groups)
+    starts = sizes.cumsum(0) - sizes
+    places = torch.arange(factor.in_per_group)
+    channels = torch.where(places < sizes[:, None], starts[:, None] + places, factor.in_channels)
+    return channels.repeat_interleave(torch.tensor(factor.out_groups), 0)
+
+
 def dense_kernel(weight: Tensor, factor: Factor) -> Tensor:
     """A grouped kernel (O, in_per_group, Kh, Kw) as the dense one (O, I, Kh, Kw) with zeros between the groups."""
     if factor.groups == 1:
         return weight
-    sizes, outputs = torch.tensor(factor.in_groups), torch.tensor(factor.out_groups)
-    column = torch.arange(factor.in_per_group)
-    # Places behind the end of a smaller group go to a column of their own, which is cut off.
-    places = torch.where(column < sizes[:, None], (sizes.cumsum(0) - sizes)[:, None] + column, factor.in_channels)
+    # Columns behind the end of a smaller group go to one of their own, which is cut off.
     dense = weight.new_zeros(factor.out_channels, factor.in_channels + 1, *factor.kernel_size)
     rows = torch.arange(factor.out_channels)[:, None]
-    return dense.index_put((rows, places.repeat_interleave(outputs, 0)), weight)[:, : factor.in_channels]
+    return dense.index_put((rows, input_channels(factor)), weight)[:, : factor.in_channels]
 
 
 def compose_kernels(weights: FactorWeights, form: ChainSum, groups: int = 1) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -103,8 +104,15 @@ class ChainConv2d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The equivalent dense kernel (O, I / groups, Kh, Kw); computed anew on each access, not a parameter."""
-        return compose_kernels(self.factor_weights(), self.form, self.groups)
+        """The equivalent dense kernel (O, I / groups, Kh, Kw); computed anew on each access, not a parameter.
+
+        Raises:
+            AttributeError: if the form has norms or activations, so that there is none: hasattr() then says so.
+        """
+        try:
+            return compose_kernels(self.factor_weights(), self.form, self.groups)
+        except UsageError as error:
+            raise AttributeError(str(error)) from error
 
     @torch.no_grad()
     def set_weights(self, weights: FactorWeights, bias: Tensor | None = None) -> None:
@@ -171,12 +179,12 @@ class ChainLinear(ChainConv2d):
     @property
     def weight(self) -> Tensor:
         """The equivalent matrix (out_features, in_features); computed anew on each access, not a parameter."""
-        return compose_kernels(self.factor_weights(), self.form)[:, :, 0, 0]
+        return super().weight[:, :, 0, 0]
 
 
 def chain_class(layer: nn.Module) -> type[ChainConv2d]:
-    """What takes the place of an nn.Conv2d or nn.Linear."""
-    return ChainLinear if isinstance(layer, nn.Linear) else ChainConv2d
+    """What takes the place of an nn.Conv2d or nn.Linear, or of chains that do so already."""
+    return ChainLinear if isinstance(layer, nn.Linear | ChainLinear) else ChainConv2d
 
 
 def layer_kernel(layer: nn.Module) -> Tensor:
@@ -237,12 +245,15 @@ def _write_bias(module: FactorModule, bias: Tensor) -> None:
 def _weighted(chain: Chain, modules: nn.Module) -> WeightedChain:
     items = []
     for stage, module in chain_pairs(chain, modules):
+        if isinstance(module, nn.Identity):
+            continue  # a norm that is folded already
         weight = bias = None
         branches: tuple[WeightedChain, ...] = ()
         if isinstance(stage, Factor):
             own = _factor_module(module)
             weight = read_weight(own, stage).detach().clone()
             bias = None if own.bias is None else own.bias[: stage.out_channels].detach().clone()
+            stage = replace(stage, has_bias=bias is not None)  # folding a norm may have set one
         elif isinstance(module, nn.BatchNorm2d):
             weight, bias = batchnorm_affine(module)
         elif isinstance(stage, Towers) and isinstance(module, ParallelTowers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from sepdeploy.core.chain import Chain, ChainSum
 from sepdeploy.core.conv import ConvSpec, PaddingMode
 from sepdeploy.core.describe import describe_field, describe_form
-from sepdeploy.core.design import FROM_SCRATCH, ActivationName, Middle, with_middle
+from sepdeploy.core.design import ACTIVATIONS, FROM_SCRATCH, ActivationName, Middle, with_middle
 from sepdeploy.errors import UsageError
 from sepdeploy.schemes.fresh_weights import draw_weights
 from sepdeploy.schemes.module import ChainConv2d
@@ -76,12 +76,19 @@ class SeparableConv2d(ChainConv2d):
         chain_groups: tuple[int | None, ...] = (),
         **options: Any,
     ) -> None:
+        sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if isinstance(sizes, tuple | list) and (len(sizes) != 2 or min(sizes) < 1):
+            raise UsageError(f"kernel_size must be K or (Kh, Kw), at least 1, got {kernel_size}")
         try:
             dense = nn.Conv2d(
                 in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta"
             )
         except (ValueError, TypeError, RuntimeError) as error:
             raise UsageError(f"nn.Conv2d does not take these arguments: {error}") from error
+        if middle not in get_args(Middle):
+            raise UsageError(f"there is no middle '{middle}'; choose one of {', '.join(get_args(Middle))}")
+        if activation not in ACTIVATIONS:
+            raise UsageError(f"there is no activation '{activation}'; choose one of {', '.join(ACTIVATIONS)}")
         spec = _spec_of(dense)
         found = find_scheme(scheme)
         if chain_groups:
@@ -89,7 +96,7 @@ class SeparableConv2d(ChainConv2d):
         chosen = read_options([scheme], options, FROM_SCRATCH)
         refusal = found.check(spec)
         if refusal is not None:
-            raise UsageError(f"{scheme} cannot take the place of {dense}: {refusal.value}")
+            raise UsageError(f"{scheme} cannot take the place of {dense}: {refusal.value}; keep nn.Conv2d there")
         form = with_middle(found.design(spec, chosen), middle, activation)
         with nullcontext() if device is None else torch.device(device):
             super().__init__(form, spec, bias=bias, dtype=dtype or torch.get_default_dtype())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sepdeploy.core.codec import write_json
+from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.design import DesignOptions
 from sepdeploy.core.files import output_error, sha256_of_file
 from sepdeploy.core.manifest import FileEntry, Manifest
@@ -23,10 +23,10 @@ _MANIFEST = "manifest.json"
 
 
 def check_design_folder(folder: Path) -> None:
-    """Check that a design may go to `folder`: it is new, empty, or holds an earlier one.
+    """Check that a design may go to `folder`: it is new, empty, or holds an earlier one with its fresh weights.
 
     Raises:
-        UsageError: if it is anything else, a converted network included.
+        UsageError: if it is anything else, a converted network or trained weights included.
     """
     require_usable(folder)
     try:
@@ -35,6 +35,13 @@ def check_design_folder(folder: Path) -> None:
         raise output_error(folder, error) from error
     if others:
         raise UsageError(f"{folder} holds a converted network ({min(others)}); choose another --output")
+    weights, manifest = folder / "model.pt", folder / _MANIFEST
+    if weights.exists() and manifest.exists():
+        written = read_json(Manifest, manifest).files.get("model.pt")
+        if written is None or written.sha256 != sha256_of_file(weights):
+            raise UsageError(
+                f"{weights} has changed since the design was made, perhaps by training; choose another --output"
+            )
 
 
 def write_design(folder: Path, designed: DesignedNetwork, options: DesignOptions) -> None:

@@ -36,6 +36,10 @@ TransferMethod = Literal["data-free", "anchored"]
 _MOMENT_IMAGES = 128
 """Images for the whitening: K*K x K*K matrices need far fewer samples than the solve does."""
 
+_MAX_MOMENT_FEATURES = MAX_WINDOW_FEATURES
+"""Widest patch of a first factor that is whitened: eigenvectors of its moments take time with the cube of it. Wider
+ones, as of a low-rank form of 512 channels at 3x3, are factorized data-free and their last factors then fitted."""
+
 _HELD_OUT_RATIO = 0.25
 """Share of each batch on which the ridge is chosen; the final solve uses all."""
 
@@ -93,7 +97,7 @@ def transfer_layer(
     return module, LayerTransfer(site.name, kernel_error, output_error, "anchored")
 
 
-def _factorize_anew(module: ChainConv2d, scheme: Scheme, moments: Tensor) -> None:
+def _factorize_anew(module: ChainConv2d, scheme: Scheme, moments: Tensor | None) -> None:
     """Factorize the kernel that the solve found once more, for weights that int8 can hold; in place.
 
     The solve leaves terms that partly cancel each other, which int8 cannot afford. Where the closed form is exact for
@@ -108,9 +112,14 @@ def _factorize_anew(module: ChainConv2d, scheme: Scheme, moments: Tensor) -> Non
         module.set_weights(weights, module.bias)
 
 
-def _input_moments(module: ChainConv2d, converted: nn.Module, site: ConvSite, batches: Batches) -> Tensor:
-    """Second moments of the first factor's patches on the converted network's own inputs, (G, n, n) float64."""
+def _input_moments(module: ChainConv2d, converted: nn.Module, site: ConvSite, batches: Batches) -> Tensor | None:
+    """Second moments of the first factor's patches on the converted network's own inputs, (G, n, n) float64.
+
+    None if the patches are too wide.
+    """
     first = module.form.terms[0].factors[0]
+    if math.prod(first.weight_shape[1:]) > _MAX_MOMENT_FEATURES:
+        return None
     total: Tensor | None = None
     images = 0
     for batch in batches():

@@ -11,6 +11,7 @@ from torch import nn
 
 import sepdeploy
 from sepdeploy.cli.main import run
+from sepdeploy.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 RESNET = ["--arch", "models.resnet_cifar:resnet20", "--input-shape", "3,32,32"]
@@ -42,6 +43,21 @@ def test_the_command_of_the_readme_style(capfd, tmp_path):
     assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 19 + 18
 
 
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"kernel_size": 0}, "kernel_size must be K or"),
+        ({"kernel_size": (3, 3, 3)}, "kernel_size must be K or"),
+        ({"kernel_size": 3, "middle": "bn"}, "there is no middle 'bn'; choose one of linear, norm"),
+        ({"kernel_size": 3, "activation": "gelu"}, "there is no activation 'gelu'; choose one of relu"),
+        ({"kernel_size": 1, "scheme": "depthwise_separable"}, "keep nn.Conv2d there"),
+    ],
+)
+def test_arguments_that_a_separable_convolution_refuses(arguments, part):
+    with pytest.raises(UsageError, match=part):
+        sepdeploy.SeparableConv2d(16, 16, **arguments)
+
+
 def test_a_designed_network_trains_from_its_bundle():
     network, _ = sepdeploy.design(
         sepdeploy.DesignOptions("models.digits:digits_cnn", (1, 16, 16), multiplier=1.0, output=Path("o-digits"))
@@ -71,6 +87,23 @@ def test_several_schemes_at_one_width(capfd):
     assert params == sorted(params)
     blind = {name for name, result in by_name.items() if not result["keeps_receptive_field"]}
     assert blind == {"dw-resnet20_m2", "grouped-resnet20_m2"}
+
+
+def test_a_scheme_that_replaces_nothing_is_noted_beside_the_others(capfd, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def build(width=1.0):\n"
+        "    return nn.Sequential(\n"
+        "        nn.Conv2d(3, 16, 3), nn.Conv2d(16, int(16 * width), 1), nn.Conv2d(int(16 * width), 16, 1))\n"
+    )
+    network = ["design", "--arch", "net.py:build", "--input-shape", "3,8,8", "--replace-pointwise", "--multiplier", "2"]
+    assert run([*network, "--scheme", "depthwise,low_rank"]) == 0
+    out, err = capfd.readouterr()
+    assert "low_rank-build_m2" in out
+    assert "note: depthwise replaces no convolution of net.py:build" in out
+    assert err == ""
+    assert run([*network, "--scheme", "depthwise,spatial_separable"]) == 2
+    assert "depthwise replaces no convolution" in capfd.readouterr().err
 
 
 def test_help_and_the_list_of_schemes_need_no_torch():

@@ -36,6 +36,11 @@ class Net(nn.Module):
 def wide_kernel():
     return Net(kernel=9)
 
+def narrow(width=1.0):
+    if width >= 2:
+        raise ValueError(f"width {width} is too much")
+    return nn.Sequential(nn.Conv2d(3, int(16 * width), 3), nn.Conv2d(16, 16, 3))
+
 def fails():
     raise ValueError("no such\\nfactory")
 """
@@ -311,6 +316,14 @@ def test_inspect(place, capfd):
         ),
         (["--arch", "nets.py:Net", "--multiplier", "1", "--output", "net.pt"], "write"),
         (["--arch", "nets.py:Net", "--multiplier", "1", "--kernel-position", "3"], "--kernel-position 3 is beyond"),
+        (["--arch", "nets.py:Net", "--factors", "3", "--groups", "8,8"], "--groups 2, --factors 3; make them agree"),
+        (["--arch", "nets.py:Net", "--policy", "linear", "--middle-channels", "8"], "--policy has no effect beside"),
+        (["--arch", "nets.py:Net", "--kernel-position", "1", "--kernel-sizes", "3x1,1x3"], "give one of them"),
+        (["--arch", "nets.py:Net", "--multiplier", "1", "--match", "macs"], "leave out --match"),
+        (["--arch", "nets.py:Net", "--activation", "silu"], "give both or neither"),
+        (["--arch", "nets.py:Net", "--multiplier", "1", "--seed", str(2**64)], "--seed"),
+        (["--arch", "nets.py:narrow", "--multiplier", "0.5"], "does not run as optimized_separable: RuntimeError"),
+        (["--arch", "nets.py:narrow"], "width 2.0 is too much; give a --multiplier"),
         (["--arch", "nets.py:Gone"], "nets.py has no Gone"),
         (["--arch", "timm:no_such_net"], "timm"),
         ([], "--arch"),

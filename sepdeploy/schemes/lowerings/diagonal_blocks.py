@@ -5,30 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from sepdeploy.core.chain import Factor
-from sepdeploy.schemes.kernels import dense_kernel
+from sepdeploy.schemes.kernels import dense_kernel, input_channels
 from sepdeploy.schemes.lowerings.lowering import Refusal
 from sepdeploy.schemes.lowerings.span_rewrite import Span, SpanRewrite, factor_of, weight_of
 from sepdeploy.schemes.weighted import WeightedChain, factor_stage
 
-__all__ = ["BLOCK_DIAGONAL", "EXTRACT_GROUPS", "input_channels"]
-
-
-def input_channels(factor: Factor) -> Tensor:
-    """The input channel that each column of a factor's weight reads, (O, in_per_group).
-
-    `factor.in_channels`, one past the last, where a smaller group has no such column.
-
-    >>> input_channels(Factor(5, 2, (1, 1), groups=2)).tolist()
-    [[0, 1, 2], [3, 4, 5]]
-    """
-    sizes = torch.tensor(factor.in_groups)
-    starts = sizes.cumsum(0) - sizes
-    places = torch.arange(factor.in_per_group)
-    channels = torch.where(places < sizes[:, None], starts[:, None] + places, factor.in_channels)
-    return channels.repeat_interleave(torch.tensor(factor.out_groups), 0)
+__all__ = ["BLOCK_DIAGONAL", "EXTRACT_GROUPS"]
 
 
 def _fill(chain: WeightedChain, index: int) -> Span | None:
@@ -48,7 +31,10 @@ def _extract(chain: WeightedChain, index: int) -> Span | None:
     dense = dense_kernel(weight_of(chain[index]), factor)
     with_zero = torch.cat([dense, torch.zeros_like(dense[:, :1])], 1)
     is_used = (with_zero != 0).flatten(2).any(2)
+    widest = int(is_used.sum(1).max())
     for groups in range(min(factor.in_channels, factor.out_channels), factor.groups, -1):
+        if -(-factor.in_channels // groups) < widest:
+            continue  # no group could hold the fullest row; trying would take minutes for thousands of channels
         for pads_groups in (False, True):
             grouped = replace(factor, groups=groups, pads_groups=pads_groups)
             if 0 in grouped.in_groups + grouped.out_groups:

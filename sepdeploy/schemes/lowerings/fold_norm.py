@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sepdeploy.core.chain import Factor, Norm
 from sepdeploy.errors import ContractError
-from sepdeploy.schemes.lowerings.diagonal_blocks import input_channels
+from sepdeploy.schemes.kernels import input_channels
 from sepdeploy.schemes.lowerings.lowering import Refusal
 from sepdeploy.schemes.lowerings.span_rewrite import (
     Span,

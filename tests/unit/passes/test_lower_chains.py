@@ -2,13 +2,16 @@ import pytest
 import torch
 from torch import nn
 
+from sepdeploy.analyze.trace import conv_spec, trace_network
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Norm, Shuffle
 from sepdeploy.core.conv import ConvSpec
 from sepdeploy.errors import UsageError
+from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.passes.lower_chains import DEFAULT_LOWERINGS, lower_chains, lowerings_that_apply, try_lowerings
 from sepdeploy.schemes.lowerings.lowering import LOWERINGS, Refusal
 from sepdeploy.schemes.module import ChainConv2d
+from sepdeploy.schemes.separable_conv2d import SeparableConv2d
 
 SPEC = ConvSpec(8, 8, (3, 3), padding=(1, 1, 1, 1))
 SHUFFLED = ChainSum(
@@ -111,3 +114,39 @@ def test_unknown_names_are_refused_even_without_chains():
 def test_every_kind_of_file_has_a_default():
     assert set(DEFAULT_LOWERINGS) == {(f, p) for f in Format for p in Precision}
     assert {name for names in DEFAULT_LOWERINGS.values() for name in names} <= set(LOWERINGS)
+
+
+def separable_net():
+    """A user's network with separable convolutions, one with a norm inside, and trained statistics."""
+    torch.manual_seed(0)
+    made = nn.Sequential(
+        SeparableConv2d(8, 16, 3, padding=1, scheme="low_rank", rank_ratio=0.5, middle="norm"),
+        nn.BatchNorm2d(16),
+        SeparableConv2d(16, 8, 3, padding=1, chain_groups=(4, 2)),
+    )
+    made(torch.randn(4, 8, 9, 9))
+    return made.eval()
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_networks_with_separable_convolutions_are_lowered(is_folded):
+    net = separable_net()
+    before = output(net)
+    if is_folded:
+        sites = trace_network(net, torch.zeros(1, 8, 9, 9)).sites
+        assert fold_batchnorm(net, {site.name: site.norm for site in sites if site.norm}) == ("0.terms.0.1", "1")
+    first, second = lower_chains(net, ("fold_norm", "fold_shuffle"))
+    assert first.applied == (() if is_folded else ("fold_norm",))
+    assert second.applied == ("fold_shuffle",)
+    assert float((output(net) - before).abs().max() / before.abs().max()) < 1e-5
+
+
+def test_of_chains_within_chains_the_inner_ones_are_lowered():
+    net = separable_net()
+    before = output(net)
+    conv = net[0].terms[0][2]
+    twin = ChainConv2d(ChainSum((Chain((Factor(8, 16, (1, 1)),)),)), conv_spec(conv), bias=True).eval()
+    twin.set_weights(((conv.weight,),), conv.bias)
+    net[0].terms[0][2] = twin
+    assert [chain.name for chain in lower_chains(net, ("fold_norm",))] == ["0.terms.0.2", "2"]
+    assert torch.allclose(output(net), before, atol=1e-6)

@@ -182,12 +182,23 @@ def test_who_sees_the_whole_volume(scheme):
 @pytest.mark.parametrize(
     ("options", "groups"),
     [({}, 4), ({"groups": (3,)}, 3), ({"groups": (50,)}, 16), ({"min_group_channels": 8}, 2),
-     ({"min_group_channels": 32}, 1), ({"groups": (None,)}, 4)],
+     ({"min_group_channels": 32}, 1), ({"groups": (None,)}, 4), ({"group_rounding": "divisor"}, 1)],
 )  # fmt: skip
 def test_grouped_form(options, groups):
     (factor,) = find_scheme("grouped").design(ConvSpec(16, 17, (3, 3)), SchemeOptions(**options)).terms[0].factors
     assert factor.groups == groups
     assert not factor.pads_groups
+
+
+def test_grouped_form_whose_groups_must_divide_the_channels():
+    options = SchemeOptions(groups=(8,), group_rounding="divisor")
+    (factor,) = find_scheme("grouped").design(ConvSpec(12, 18, (3, 3)), options).terms[0].factors
+    assert factor.groups == 6
+
+
+def test_grouped_takes_one_number_of_groups():
+    with pytest.raises(UsageError, match="one number of groups, got 2"):
+        find_scheme("grouped").design(ConvSpec(16, 16, (3, 3)), SchemeOptions(groups=(2, 4)))
 
 
 def test_depthwise_form_of_unequal_channels():

@@ -197,3 +197,9 @@ def test_from_scratch_depthwise_separable_is_one_pair():
 def test_public_name():
     assert sepdeploy.SeparableConv2d is SeparableConv2d
     assert find_scheme("optimized_separable").name == SeparableConv2d(8, 8, 3).scheme
+
+
+def test_with_norms_inside_there_is_no_dense_kernel_and_tools_that_ask_are_told():
+    module = SeparableConv2d(16, 8, 3, padding=1, middle="norm")
+    assert not hasattr(module, "weight")
+    assert SeparableConv2d(16, 8, 3, padding=1).weight.shape == (8, 16, 3, 3)

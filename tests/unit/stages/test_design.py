@@ -85,3 +85,15 @@ def test_a_design_may_be_made_anew_but_nothing_else_is_touched(tmp_path):
 def test_nothing_is_written_without_an_output(tmp_path):
     sepdeploy.design(options(output=None))
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".py" and path.name != "__pycache__"] == []
+
+
+def test_trained_weights_are_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+    sepdeploy.design(options(output=out))
+    sepdeploy.design(options(output=out, seed=1))  # fresh weights may be drawn anew
+    network = sepdeploy.load(out)
+    torch.save(network.state_dict(), out / "model.pt")
+    trained = (out / "model.pt").read_bytes()
+    with pytest.raises(UsageError, match="has changed since the design was made, perhaps by training"):
+        sepdeploy.design(options(output=out))
+    assert (out / "model.pt").read_bytes() == trained

@@ -124,6 +124,19 @@ def test_wide_windows_report_the_error_of_the_linear_solve(make_net, scheme, mon
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_patches_too_wide_to_whiten_are_still_anchored(make_net, scheme, monkeypatch):
+    net, x = make_net("same_even")
+    images = correlated_images()
+    data_free, _ = transfer_all(net, x, scheme, "data-free", images)
+    monkeypatch.setattr(layer, "_MAX_MOMENT_FEATURES", 1)
+    monkeypatch.setattr(layer, "patch_moments", None)  # moments are not even computed
+    anchored, (transfer,) = transfer_all(net, x, scheme, "anchored", images)
+    assert transfer.method == "anchored"
+    assert output_error(net, anchored, images) < output_error(net, data_free, images)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ["chain", "twice", "grouped"])
 @torch.no_grad()
 def test_same_images_give_the_same_bits(make_net, name, scheme):

@@ -13,7 +13,7 @@ from sepdeploy.core.conv import ConvSpec
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.core.receptive_field import receptive_field
 from sepdeploy.errors import UsageError
-from sepdeploy.schemes.lowerings.diagonal_blocks import input_channels
+from sepdeploy.schemes.kernels import input_channels
 from sepdeploy.schemes.lowerings.lowering import LOWERINGS, Lowering, Refusal, find_lowering
 from sepdeploy.schemes.lowerings.span_rewrite import SpanRewrite
 from sepdeploy.schemes.module import ChainConv2d
