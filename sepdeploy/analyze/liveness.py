@@ -31,11 +31,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sepdeploy.analyze.recorder import watching_modules
 from sepdeploy.analyze.trace import output_tensors
 from sepdeploy.core.memory import MemoryProfile, MemoryStep
 from sepdeploy.core.quiet import error_summary
@@ -206,21 +206,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _following_modules(recorder: _Recorder) -> Iterator[None]:
     """Keep `recorder.stack` at the names of the modules that are running."""
 
-    def enter(module: nn.Module, _args: Any) -> None:
+    def enter(module: nn.Module) -> None:
         recorder.stack.append(recorder.names.get(id(module), recorder.stack[-1]))
 
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+    def leave(_module: nn.Module, _output: object) -> None:
         recorder.stack.pop()
 
-    handles = (
-        module_hooks.register_module_forward_pre_hook(enter),
-        module_hooks.register_module_forward_hook(leave, always_call=True),
-    )
-    try:
+    with watching_modules(enter, leave):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_free(func: Any, operator: str, args: Any, output: Tensor) -> bool:

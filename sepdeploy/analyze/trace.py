@@ -9,121 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.utils import _pair
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from sepdeploy.analyze.recorder import Operation, Recorder, following_modules
 from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
 from sepdeploy.core.plan import Reason
 from sepdeploy.core.quiet import error_summary
 from sepdeploy.errors import UnsupportedModelError, UsageError
 
 __all__ = ["conv_spec", "layer_spec", "output_tensors", "trace_network"]
-
-
-@dataclass(slots=True)
-class _Operation:
-    """One convolution operator that ran."""
-
-    enclosing: nn.Module | None
-    conv_module: nn.Module | None
-    weight: Tensor
-    output: Tensor
-    input_shape: tuple[int, ...]
-    macs: int
-    operator: str
-    readers: list[nn.Module | None] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _LinearCall:
-    """One call of an nn.Linear, and how many convolutions had run before it."""
-
-    module: nn.Linear
-    output_shape: tuple[int, ...]
-    convolutions_before: int
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records convolutions, who reads their outputs, and the multiply-accumulates of everything."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.stack: list[nn.Module] = []
-        self.operations: list[_Operation] = []
-        self.batchnorm_calls: Counter[int] = Counter()
-        self.parameter_readers: dict[int, set[int]] = {}  # parameter -> modules that ran an operator on it, by id
-        self.linear_calls: list[_LinearCall] = []
-        self.total_macs = 0
-        self._by_output: dict[int, _Operation] = {}  # the operations keep the tensors alive, so ids stay unique
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        enclosing = self.stack[-1] if self.stack else None
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, nn.Parameter):
-                self.parameter_readers.setdefault(id(leaf), set()).add(id(enclosing))
-            elif isinstance(leaf, Tensor) and (operation := self._by_output.get(id(leaf))):
-                operation.readers.append(enclosing)
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            macs = int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
-            self.total_macs += macs
-            if packet in (torch.ops.aten.convolution, torch.ops.aten._convolution):
-                self._record(args, result, macs)
-        return result
-
-    def _record(self, args: Any, result: Tensor, macs: int) -> None:
-        is_transposed = bool(args[6])
-        operation = _Operation(
-            enclosing=self.stack[-1] if self.stack else None,
-            conv_module=next((m for m in reversed(self.stack) if isinstance(m, _ConvNd)), None),
-            weight=args[1],
-            output=result,
-            input_shape=tuple(args[0].shape),
-            macs=macs,
-            operator=f"conv{'_transpose' if is_transposed else ''}{args[1].dim() - 2}d",
-        )
-        self.operations.append(operation)
-        self._by_output[id(result)] = operation
-
-
-@contextmanager
-def _following_modules(recorder: _Recorder) -> Iterator[None]:
-    """Keep `recorder.stack` at the modules that are running."""
-
-    def enter(module: nn.Module, _args: Any) -> None:
-        if isinstance(module, _BatchNorm):
-            recorder.batchnorm_calls[id(module)] += 1
-        recorder.stack.append(module)
-
-    def leave(module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(module, nn.Linear) and isinstance(output, Tensor):
-            recorder.linear_calls.append(_LinearCall(module, tuple(output.shape), len(recorder.operations)))
-        if recorder.stack and recorder.stack[-1] is module:
-            recorder.stack.pop()
-
-    handles = (
-        module_hooks.register_module_forward_pre_hook(enter),
-        module_hooks.register_module_forward_hook(leave, always_call=True),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trace_network(model: nn.Module, example: Tensor, *, includes_linear: bool = False) -> Trace:
@@ -141,8 +40,8 @@ def trace_network(model: nn.Module, example: Tensor, *, includes_linear: bool = 
         UsageError: if the network does not run on an input of this shape.
         UnsupportedModelError: if it returns no tensor.
     """
-    recorder = _Recorder()
-    with torch.no_grad(), _following_modules(recorder), recorder:
+    recorder = Recorder()
+    with torch.no_grad(), following_modules(recorder), recorder:
         try:
             returned = model(example.clone())  # a copy: networks may normalize their input in place
         except Exception as error:
@@ -219,7 +118,7 @@ def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     return height, height, width, width
 
 
-def _call_of(operation: _Operation) -> ConvCall:
+def _call_of(operation: Operation) -> ConvCall:
     """The call as its module sees it: PyTorch pads in an operator of its own unless it is with equal zeros."""
     shape = operation.input_shape
     conv = operation.conv_module
@@ -234,7 +133,7 @@ def _call_of(operation: _Operation) -> ConvCall:
     return ConvCall(shape, tuple(operation.output.shape), operation.macs)
 
 
-def _module_sites(model: nn.Module, recorder: _Recorder, output_ids: set[int]) -> list[ConvSite]:
+def _module_sites(model: nn.Module, recorder: Recorder, output_ids: set[int]) -> list[ConvSite]:
     """One site per convolution module, called or not."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -264,7 +163,7 @@ def _module_sites(model: nn.Module, recorder: _Recorder, output_ids: set[int]) -
     return sites
 
 
-def _linear_sites(model: nn.Module, recorder: _Recorder) -> list[tuple[ConvSite, float | None]]:
+def _linear_sites(model: nn.Module, recorder: Recorder) -> list[tuple[ConvSite, float | None]]:
     """One site per nn.Linear, and its place among the convolutions in the order of calls; None if never called."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -302,9 +201,9 @@ def _linear_sites(model: nn.Module, recorder: _Recorder) -> list[tuple[ConvSite,
     return sites
 
 
-def _functional_sites(model: nn.Module, recorder: _Recorder) -> list[ConvSite]:
+def _functional_sites(model: nn.Module, recorder: Recorder) -> list[ConvSite]:
     """One site per weight that a functional convolution uses outside any convolution module."""
-    by_name: dict[str, list[_Operation]] = {}
+    by_name: dict[str, list[Operation]] = {}
     for name, operation in _named_functional_operations(model, recorder):
         by_name.setdefault(name, []).append(operation)
     return [
@@ -320,7 +219,7 @@ def _functional_sites(model: nn.Module, recorder: _Recorder) -> list[ConvSite]:
     ]
 
 
-def _named_functional_operations(model: nn.Module, recorder: _Recorder) -> list[tuple[str, _Operation]]:
+def _named_functional_operations(model: nn.Module, recorder: Recorder) -> list[tuple[str, Operation]]:
     """Functional convolutions, named after the module that runs them and numbered by weight."""
     names = {id(module): name for name, module in model.named_modules()}
     numbers: dict[tuple[str, int], int] = {}
@@ -338,7 +237,7 @@ def _named_functional_operations(model: nn.Module, recorder: _Recorder) -> list[
     return named
 
 
-def _call_order(model: nn.Module, recorder: _Recorder) -> list[str]:
+def _call_order(model: nn.Module, recorder: Recorder) -> list[str]:
     """Names of the sites in the order of their calls, with repeats."""
     functional = {id(operation): name for name, operation in _named_functional_operations(model, recorder)}
     names = {id(module): name for name, module in model.named_modules()}
@@ -351,7 +250,7 @@ def _weight_owners(model: nn.Module) -> Counter[int]:
 
 
 def _structural_reason(
-    conv: _ConvNd | nn.Linear, is_called: bool, owners: Counter[int], recorder: _Recorder
+    conv: _ConvNd | nn.Linear, is_called: bool, owners: Counter[int], recorder: Recorder
 ) -> Reason | None:
     """Why no scheme can replace this module; None if schemes may try."""
     if isinstance(conv, _ConvTransposeNd):
@@ -401,7 +300,7 @@ def _is_plain_batchnorm(module: nn.Module | None) -> bool:
     )
 
 
-def _following_batchnorms(recorder: _Recorder, output_ids: set[int]) -> dict[int, nn.Module]:
+def _following_batchnorms(recorder: Recorder, output_ids: set[int]) -> dict[int, nn.Module]:
     """Convolution id -> the BatchNorm2d that alone reads every output of it, and reads nothing else."""
     found: dict[int, nn.Module] = {}
     calls: Counter[int] = Counter()

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import ChainSum
-from sepdeploy.core.plan import Reason
 from sepdeploy.schemes.grouped import diagonal_blocks, grouped_form
-from sepdeploy.schemes.scheme import MIN_CHANNELS_PER_GROUP
+from sepdeploy.schemes.scheme import refusal_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sepdeploy.core.conv import ConvSpec
-    from sepdeploy.core.plan import SchemeOptions
+    from sepdeploy.core.plan import Reason, SchemeOptions
     from sepdeploy.schemes.scheme import FactorWeights
 
 __all__ = ["SCHEME", "Depthwise"]
@@ -32,13 +31,7 @@ class Depthwise:
 
     def check(self, spec: ConvSpec) -> Reason | None:
         """Refuse 1x1 kernels, which would only scale channels, and what is grouped already."""
-        if spec.is_pointwise:
-            return Reason.POINTWISE
-        if spec.is_depthwise:
-            return Reason.DEPTHWISE
-        if spec.groups > 1:
-            return Reason.GROUPED
-        return Reason.FEW_CHANNELS if spec.in_channels < MIN_CHANNELS_PER_GROUP else None
+        return refusal_of(spec, takes_groups=False)
 
     def design(self, spec: ConvSpec, options: SchemeOptions) -> ChainSum:  # noqa: ARG002 (part of the protocol)
         """One factor."""

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Chain, ChainSum, Factor
-from sepdeploy.core.plan import Reason
-from sepdeploy.schemes.scheme import MIN_CHANNELS_PER_GROUP
+from sepdeploy.schemes.scheme import refusal_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sepdeploy.core.conv import ConvSpec
-    from sepdeploy.core.plan import SchemeOptions
+    from sepdeploy.core.plan import Reason, SchemeOptions
     from sepdeploy.schemes.scheme import FactorWeights
 
 __all__ = ["SCHEME", "DepthwiseSeparable"]
@@ -34,13 +33,7 @@ class DepthwiseSeparable:
 
     def check(self, spec: ConvSpec) -> Reason | None:
         """Refuse what has no spatial extent, is depthwise already, or reads too few channels."""
-        if spec.is_pointwise:
-            return Reason.POINTWISE
-        if spec.is_depthwise:
-            return Reason.DEPTHWISE
-        if spec.in_channels // spec.groups < MIN_CHANNELS_PER_GROUP:
-            return Reason.FEW_CHANNELS
-        return None
+        return refusal_of(spec)
 
     def design(self, spec: ConvSpec, options: SchemeOptions) -> ChainSum:
         """T equal pairs; T is capped at the full rank min(Kh * Kw, O / groups), where the form is exact."""

@@ -21,7 +21,20 @@ from sepdeploy.core.plan import MAX_FACTORS, SchemeOptions
 from sepdeploy.core.receptive_field import receptive_field
 from sepdeploy.errors import UsageError
 
-__all__ = ["ChainDesign", "assemble_chain", "balanced_groups", "design_chain", "middle_channels"]
+__all__ = ["DESIGN_OPTIONS", "ChainDesign", "assemble_chain", "balanced_groups", "design_chain", "middle_channels"]
+
+DESIGN_OPTIONS = (
+    "factors",
+    "overlap",
+    "policy",
+    "middle_channels",
+    "kernel_position",
+    "kernel_sizes",
+    "groups",
+    "min_group_channels",
+    "group_rounding",
+)
+"""Fields of `SchemeOptions` that Algorithm 1 reads."""
 
 _DIVISOR_ALLOWANCE = 1.1
 """Weights that 'auto' pays for groups that divide the channels: they run as one convolution instead of three."""

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Chain, ChainSum, Factor
-from sepdeploy.core.plan import Reason
 from sepdeploy.errors import UsageError
-from sepdeploy.schemes.scheme import MIN_CHANNELS_PER_GROUP
+from sepdeploy.schemes.scheme import refusal_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sepdeploy.core.conv import ConvSpec
-    from sepdeploy.core.plan import SchemeOptions
+    from sepdeploy.core.plan import Reason, SchemeOptions
     from sepdeploy.schemes.scheme import FactorWeights
 
 __all__ = ["SCHEME", "Grouped", "diagonal_blocks", "grouped_form"]
@@ -35,11 +34,7 @@ class Grouped:
 
     def check(self, spec: ConvSpec) -> Reason | None:
         """Refuse what is grouped already and what has too few channels."""
-        if spec.is_depthwise:
-            return Reason.DEPTHWISE
-        if spec.groups > 1:
-            return Reason.GROUPED
-        return Reason.FEW_CHANNELS if spec.in_channels < MIN_CHANNELS_PER_GROUP else None
+        return refusal_of(spec, takes_pointwise=True, takes_groups=False)
 
     def design(self, spec: ConvSpec, options: SchemeOptions) -> ChainSum:
         """The number in `options.groups`, or 4; fewer where other options or the channels ask for it.

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Chain, ChainSum, Factor
-from sepdeploy.core.plan import Reason
-from sepdeploy.schemes.scheme import MIN_CHANNELS_PER_GROUP, rounded_rank
+from sepdeploy.schemes.scheme import refusal_of, rounded_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sepdeploy.core.conv import ConvSpec
-    from sepdeploy.core.plan import SchemeOptions
+    from sepdeploy.core.plan import Reason, SchemeOptions
     from sepdeploy.schemes.scheme import FactorWeights
 
 __all__ = ["SCHEME", "LowRank"]
@@ -31,9 +30,7 @@ class LowRank:
 
     def check(self, spec: ConvSpec) -> Reason | None:
         """Refuse depthwise kernels and those that read too few channels; 1x1 kernels and linear layers are welcome."""
-        if spec.is_depthwise:
-            return Reason.DEPTHWISE
-        return Reason.FEW_CHANNELS if spec.in_channels // spec.groups < MIN_CHANNELS_PER_GROUP else None
+        return refusal_of(spec, takes_pointwise=True)
 
     def design(self, spec: ConvSpec, options: SchemeOptions) -> ChainSum:
         """Rank r = rank_ratio * min(I * Kh * Kw, O) per group, rounded to a multiple of 8 below the full rank."""

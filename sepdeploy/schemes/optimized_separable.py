@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import ChainSum
-from sepdeploy.core.plan import Reason
-from sepdeploy.schemes.design import assemble_chain, design_chain
-from sepdeploy.schemes.scheme import MIN_CHANNELS_PER_GROUP
+from sepdeploy.schemes.design import DESIGN_OPTIONS, assemble_chain, design_chain
+from sepdeploy.schemes.scheme import refusal_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sepdeploy.core.conv import ConvSpec
-    from sepdeploy.core.plan import SchemeOptions
+    from sepdeploy.core.plan import Reason, SchemeOptions
     from sepdeploy.schemes.scheme import FactorWeights
 
 __all__ = ["SCHEME", "OptimizedSeparable"]
@@ -31,25 +30,11 @@ class OptimizedSeparable:
     prefix: str = "o-"
     summary: str = "N grouped convolutions with shuffles, one of them KxK, balanced in cost"
     complexity: str = "2 * C**1.5 * K"
-    option_names: tuple[str, ...] = (
-        "factors",
-        "overlap",
-        "policy",
-        "middle_channels",
-        "kernel_position",
-        "kernel_sizes",
-        "groups",
-        "min_group_channels",
-        "group_rounding",
-    )
+    option_names: tuple[str, ...] = DESIGN_OPTIONS
 
     def check(self, spec: ConvSpec) -> Reason | None:
         """Refuse what is grouped already or has too few channels; 1x1 kernels and linear layers are welcome."""
-        if spec.is_depthwise:
-            return Reason.DEPTHWISE
-        if spec.groups > 1:
-            return Reason.GROUPED
-        return Reason.FEW_CHANNELS if spec.in_channels < MIN_CHANNELS_PER_GROUP else None
+        return refusal_of(spec, takes_pointwise=True, takes_groups=False)
 
     def design(self, spec: ConvSpec, options: SchemeOptions) -> ChainSum:
         """Algorithm 1; by default the kernel is in factor floor(N / 2)."""

@@ -15,13 +15,37 @@ if TYPE_CHECKING:
     from sepdeploy.core.conv import ConvSpec
     from sepdeploy.core.plan import Reason, SchemeOptions
 
-__all__ = ["MIN_CHANNELS_PER_GROUP", "SCHEMES", "FactorWeights", "Scheme", "find_scheme", "rounded_rank"]
+__all__ = ["MIN_CHANNELS_PER_GROUP", "SCHEMES", "FactorWeights", "Scheme", "find_scheme", "refusal_of", "rounded_rank"]
 
 FactorWeights = tuple[tuple["Tensor", ...], ...]
 """One weight (out, in / groups, Kh, Kw) per factor, per term of a `ChainSum`."""
 
 MIN_CHANNELS_PER_GROUP = 4
 """Below this a depthwise stage would cost as much as what it replaces; it also leaves image stems dense."""
+
+
+def refusal_of(
+    spec: ConvSpec, *, takes_pointwise: bool = False, takes_rows: bool = True, takes_groups: bool = True
+) -> Reason | None:
+    """Why a convolution has the wrong geometry for a scheme; None if it has not.
+
+    Args:
+        spec: The convolution; depthwise ones and those that read few channels suit no scheme.
+        takes_pointwise: Whether 1x1 kernels do.
+        takes_rows: Whether kernels of one row or one column do.
+        takes_groups: Whether convolutions that are grouped already do.
+    """
+    from sepdeploy.core.plan import Reason
+
+    if spec.is_pointwise and not takes_pointwise:
+        return Reason.POINTWISE
+    if spec.is_depthwise:
+        return Reason.DEPTHWISE
+    if 1 in spec.kernel_size and not takes_rows:
+        return Reason.ONE_DIMENSIONAL_KERNEL
+    if spec.groups > 1 and not takes_groups:
+        return Reason.GROUPED
+    return Reason.FEW_CHANNELS if spec.in_channels // spec.groups < MIN_CHANNELS_PER_GROUP else None
 
 
 _RANK_MULTIPLE = 8

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Chain, ChainSum, Factor
-from sepdeploy.core.plan import Reason
-from sepdeploy.schemes.scheme import MIN_CHANNELS_PER_GROUP, rounded_rank
+from sepdeploy.schemes.scheme import refusal_of, rounded_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sepdeploy.core.conv import ConvSpec
-    from sepdeploy.core.plan import SchemeOptions
+    from sepdeploy.core.plan import Reason, SchemeOptions
     from sepdeploy.schemes.scheme import FactorWeights
 
 __all__ = ["SCHEME", "SpatialSeparable"]
@@ -31,15 +30,7 @@ class SpatialSeparable:
 
     def check(self, spec: ConvSpec) -> Reason | None:
         """Refuse kernels without two spatial dimensions, depthwise ones and those that read too few channels."""
-        if spec.is_pointwise:
-            return Reason.POINTWISE
-        if spec.is_depthwise:
-            return Reason.DEPTHWISE
-        if 1 in spec.kernel_size:
-            return Reason.ONE_DIMENSIONAL_KERNEL
-        if spec.in_channels // spec.groups < MIN_CHANNELS_PER_GROUP:
-            return Reason.FEW_CHANNELS
-        return None
+        return refusal_of(spec, takes_rows=False)
 
     def design(self, spec: ConvSpec, options: SchemeOptions) -> ChainSum:
         """Rank r = rank_ratio * min(I * Kh, O * Kw) per group, rounded to a multiple of 8 below the full rank."""
