@@ -1,15 +1,7 @@
 """The networks of "Optimized Separable Convolution" have the parameters and MACs that its tables print."""
 
-import importlib.util
-from pathlib import Path
-
+import paper_networks as paper
 import pytest
-
-SPEC = importlib.util.spec_from_file_location(
-    "paper_networks", Path(__file__).parents[2] / "benchmarks" / "paper_networks.py"
-)
-paper = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(paper)
 
 TOLERANCE = 0.005
 """The tables round to three or four digits, or cut them off."""
