@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sepdeploy.core.quiet import first_line, quiet
+from sepdeploy.core.quiet import first_line, quiet, silenced_native_stderr
 from sepdeploy.errors import ToolError, UnsupportedModelError, UsageError
 from sepdeploy.export.flat_outputs import FlatOutputs, evaluating, output_shapes, require_below_2_gib
 
@@ -45,7 +45,7 @@ def export_tflite(model: nn.Module, example: Tensor, path: Path, *, is_channels_
         shapes = output_shapes(flat, example)
         outputs_4d = [i for i, shape in enumerate(shapes) if len(shape) == 4]
         converted = _converted(flat, example, outputs_4d, is_channels_last=is_channels_last)
-    with quiet():
+    with quiet(), silenced_native_stderr():
         converted.export(str(path))
 
 
@@ -82,7 +82,7 @@ def _converted(
             module = litert_torch.to_channel_last_io(_Contiguous(model), args=[0], outputs=outputs_4d).eval()
             example = example.permute(0, 2, 3, 1).contiguous()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), silenced_native_stderr():
                 return litert_torch.convert(module, (example,))
         except Exception as error:
             raise UnsupportedModelError(
