@@ -33,7 +33,7 @@ class LitertSession:
     """
 
     def __init__(self, path: Path, *, threads: int = 1, is_channels_last: bool = False) -> None:
-        interpreter_class, self.runtime = _interpreter_class()
+        interpreter_class, self.runtime = find_interpreter_class()
         try:
             with silenced_native_stderr():
                 self._interpreter: Any = interpreter_class(model_path=str(path), num_threads=threads)
@@ -97,7 +97,7 @@ class LitertSession:
         return tuple(outputs)
 
 
-def _interpreter_class() -> tuple[Any, str]:
+def find_interpreter_class() -> tuple[Any, str]:
     """The interpreter's class, with the name and version of its package."""
     try:
         from ai_edge_litert.interpreter import Interpreter

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from sepdeploy.bench.litert import _interpreter_class
+from sepdeploy.bench.litert import find_interpreter_class
 from sepdeploy.core.quiet import first_line, silenced_native_stderr
 from sepdeploy.errors import UsageError
 
@@ -72,7 +72,7 @@ def measure_arena(path: Path) -> Arena:
 
 def _allocated_bytes(model: bytes, resolver: str) -> int:
     """Bytes of the arena, and of what is allocated beside it, with the kernels of that `OpResolverType`."""
-    interpreter_class, _ = _interpreter_class()
+    interpreter_class, _ = find_interpreter_class()
     resolver_type = getattr(sys.modules[interpreter_class.__module__].OpResolverType, resolver)
     with silenced_native_stderr():
         interpreter = interpreter_class(model_content=model, experimental_op_resolver_type=resolver_type)

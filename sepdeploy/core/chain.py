@@ -13,11 +13,23 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from sepdeploy.core.stages import Activation, Factor, Norm, Padding, Run, Shuffle, Size, Slice, group_sizes
+from sepdeploy.core.stages import (
+    Activation,
+    ActivationName,
+    Factor,
+    Norm,
+    Padding,
+    Run,
+    Shuffle,
+    Size,
+    Slice,
+    group_sizes,
+)
 from sepdeploy.errors import UsageError
 
 __all__ = [
     "Activation",
+    "ActivationName",
     "Chain",
     "ChainSum",
     "Factor",

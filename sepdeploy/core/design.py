@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from sepdeploy.core.chain import Activation, Chain, ChainSum, Factor, Norm, Stage
+from sepdeploy.core.chain import Activation, ActivationName, Chain, ChainSum, Factor, Norm, Stage
 from sepdeploy.core.plan import Reason, SchemeOptions
 from sepdeploy.core.report import NetworkCost
 from sepdeploy.errors import UsageError
@@ -14,6 +14,7 @@ from sepdeploy.errors import UsageError
 __all__ = [
     "ACTIVATIONS",
     "FROM_SCRATCH",
+    "MOST_MULTIPLIER",
     "ActivationName",
     "DesignOptions",
     "DesignResult",
@@ -29,10 +30,10 @@ Match = Literal["macs", "params", "both"]
 Middle = Literal["linear", "norm", "norm_activation"]
 """What stands between the convolutions of a chain."""
 
-ActivationName = Literal["relu", "relu6", "silu", "hardswish"]
-"""Activations that may stand between the convolutions of a chain."""
-
 ACTIVATIONS: tuple[ActivationName, ...] = get_args(ActivationName)
+
+MOST_MULTIPLIER = 64
+"""Largest channel multiplier: a variant that is still too cheap has hardly any separable convolution."""
 
 FROM_SCRATCH = SchemeOptions(terms=1, rank_ratio=1 / 3)
 """Hyper-parameters of the forms that are trained from scratch in the literature.
@@ -95,11 +96,8 @@ class DesignOptions:
                 f"--input-shape must be positive and --seed at least 0, got {self.input_shape}, {self.seed}"
             )
         for name, number in (("--multiplier", self.multiplier), ("--step", self.step)):
-            if number is not None and not 0 < number <= _MOST:
-                raise UsageError(f"{name} must be above 0 and at most {_MOST}, got {number}")
-
-
-_MOST = 64
+            if number is not None and not 0 < number <= MOST_MULTIPLIER:
+                raise UsageError(f"{name} must be above 0 and at most {MOST_MULTIPLIER}, got {number}")
 
 
 @dataclass(frozen=True, slots=True)

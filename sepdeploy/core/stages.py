@@ -8,13 +8,28 @@ from typing import Literal
 
 from sepdeploy.errors import UsageError
 
-__all__ = ["Activation", "Factor", "Norm", "Padding", "Run", "Shuffle", "Size", "Slice", "group_sizes"]
+__all__ = [
+    "Activation",
+    "ActivationName",
+    "Factor",
+    "Norm",
+    "Padding",
+    "Run",
+    "Shuffle",
+    "Size",
+    "Slice",
+    "group_sizes",
+]
 
 Size = tuple[int, int]
 """Height, width."""
 
 Padding = tuple[int, int, int, int]
 """Zeros added at the top, bottom, left and right, in pixels."""
+
+
+ActivationName = Literal["relu", "relu6", "silu", "hardswish"]
+"""Activations that may stand between the convolutions of a chain."""
 
 
 def group_sizes(channels: int, groups: int, *, is_padded: bool = False) -> tuple[int, ...]:
@@ -127,10 +142,11 @@ class Factor:
     def params(self) -> int:
         """Weights, and biases if it has them."""
         biases = sum(run.groups * run.out_per_group for run in self.runs) if self.has_bias else 0
-        return self._weights + biases
+        return self.weights + biases
 
     @property
-    def _weights(self) -> int:
+    def weights(self) -> int:
+        """Weights without biases: multiply-accumulates for each pixel of the output."""
         taps = self.kernel_size[0] * self.kernel_size[1]
         return sum(run.groups * run.in_per_group * run.out_per_group for run in self.runs) * taps
 
@@ -146,7 +162,7 @@ class Factor:
     def macs(self, input_size: Size) -> int:
         """Multiply-accumulates for one image of `input_size` (H, W)."""
         height, width = self.output_size(input_size)
-        return self._weights * height * width
+        return self.weights * height * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +210,7 @@ class Norm:
 class Activation:
     """A nonlinearity between two factors, as in MobileNets; it breaks the equality with a dense convolution."""
 
-    function: Literal["relu", "relu6", "silu", "hardswish"]
+    function: ActivationName
     kind: Literal["activation"] = "activation"
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from sepdeploy.errors import ToolError, UsageError
 
-__all__ = ["Architecture", "build_architecture"]
+__all__ = ["Architecture", "build_architecture", "find_factory", "imported_place", "split_spec"]
 
 # Lazy up to the first colon that a factory follows: a Windows path has one of its own, and so may an argument.
 _SPEC = re.compile(r"(?P<place>.+?):(?P<factory>[A-Za-z_]\w*(?:\.\w+)*)\s*(?P<arguments>\(.*\))?", re.DOTALL)
@@ -63,25 +63,50 @@ def build_architecture(spec: str) -> Architecture:
         UsageError: if the spec is malformed, names nothing, or its factory fails or returns no `nn.Module`.
         ToolError: if it needs timm and that cannot be imported.
     """
+    place, factory_name, arguments = split_spec(spec)
+    if place == "timm":
+        return Architecture(spec, _build_timm(spec, factory_name, arguments))
+    with imported_place(spec, place) as (module, sha256):
+        network = _call(spec, find_factory(module, factory_name, place), arguments)
+    return Architecture(spec, network, place if _is_file(place) else None, sha256)
+
+
+def split_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
+    """Place, factory and arguments of a spec; nothing is imported.
+
+    Raises:
+        UsageError: if it is malformed.
+
+    >>> split_spec("net.py:build(width=2)")
+    ('net.py', 'build', {'width': 2})
+    """
     match = _SPEC.fullmatch(spec.strip())
     if match is None or "\0" in spec:
         raise UsageError(f"{spec!r} is not an architecture; give {_FORMS}")
-    place, factory_name = match["place"], match["factory"]
-    arguments = _parse_arguments(spec, match["arguments"] or "()")
-    if place == "timm":
-        return Architecture(spec, _build_timm(spec, factory_name, arguments))
-    if place.lower().endswith(".py"):
+    return match["place"], match["factory"], _parse_arguments(spec, match["arguments"] or "()")
+
+
+@contextmanager
+def imported_place(spec: str, place: str) -> Iterator[tuple[ModuleType, str | None]]:
+    """The module of a spec and the hash of its file; what it imports later is found as long as the block runs.
+
+    Raises:
+        UsageError: if there is no such module, or it fails when imported.
+    """
+    if _is_file(place):
         path = Path(place).expanduser()
         with _importable(path.parent):
-            module, sha256 = _load_file(path)
-            network = _call(spec, _find_factory(module, factory_name, place), arguments)
-        return Architecture(spec, network, place, sha256)
+            yield _load_file(path)
+        return
     if not all(part.isidentifier() for part in place.split(".")):
         raise UsageError(f"{place!r} in {spec!r} is neither a .py file nor the name of a module; give {_FORMS}")
     with _importable(Path.cwd()):
         module = _import_module(place)
-        network = _call(spec, _find_factory(module, factory_name, place), arguments)
-        return Architecture(spec, network, None, _source_sha256(module))
+        yield module, _source_sha256(module)
+
+
+def _is_file(place: str) -> bool:
+    return place.lower().endswith(".py")
 
 
 def _source_sha256(module: ModuleType) -> str | None:
@@ -152,7 +177,12 @@ def _import_module(name: str) -> ModuleType:
     raise UsageError(f"there is no module {name}; run from the folder that it lies in{hint}")
 
 
-def _find_factory(module: ModuleType, name: str, place: str) -> object:
+def find_factory(module: ModuleType, name: str, place: str) -> object:
+    """What a module calls `name`.
+
+    Raises:
+        UsageError: if it has none of that name; the message has names that are close.
+    """
     found: object = module
     for part in name.split("."):
         if not hasattr(found, part):

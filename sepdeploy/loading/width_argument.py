@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sepdeploy.errors import UsageError
-from sepdeploy.loading.arch import (
-    _SPEC,
-    _find_factory,
-    _import_module,
-    _importable,
-    _load_file,
-    _parse_arguments,
-)
+from sepdeploy.loading.arch import find_factory, imported_place, split_spec
 
 __all__ = ["WIDTH_NAMES", "ScaledArchitecture", "scaled_architecture"]
 
@@ -74,12 +66,8 @@ def scaled_architecture(spec: str, width_name: str | None = None) -> ScaledArchi
     >>> scaled_architecture("models.resnet_cifar:resnet20(num_classes=100)").at(3.625)
     'models.resnet_cifar:resnet20(num_classes=100, width=3.625)'
     """
-    match = _SPEC.fullmatch(spec.strip())
-    if match is None:
-        raise UsageError(f"{spec!r} is not an architecture")
-    place, factory = match["place"], match["factory"]
-    arguments = _parse_arguments(spec, match["arguments"] or "()")
-    parameters = _parameters(place, factory)
+    place, factory, arguments = split_spec(spec)
+    parameters = _parameters(spec, place, factory)
     if width_name is None:
         width_name = next((name for name in WIDTH_NAMES if name in parameters), None)
     elif parameters and width_name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -93,17 +81,12 @@ def scaled_architecture(spec: str, width_name: str | None = None) -> ScaledArchi
     return ScaledArchitecture(spec, place, factory, arguments, width_name, width)
 
 
-def _parameters(place: str, factory: str) -> dict[str, inspect.Parameter]:
+def _parameters(spec: str, place: str, factory: str) -> dict[str, inspect.Parameter]:
     """What the factory takes; nothing where it does not tell."""
     if place == "timm":
         return {}
-    if place.lower().endswith(".py"):
-        path = Path(place).expanduser()
-        with _importable(path.parent):
-            found = _find_factory(_load_file(path)[0], factory, place)
-    else:
-        with _importable(Path.cwd()):
-            found = _find_factory(_import_module(place), factory, place)
+    with imported_place(spec, place) as (module, _):
+        found = find_factory(module, factory, place)
     try:
         return dict(inspect.signature(found).parameters) if callable(found) else {}
     except (TypeError, ValueError):

@@ -54,7 +54,7 @@ def find_candidate(
         return Kept(Reason.NOT_CHEAPER, f"{fewest} MACs against {site.macs}")
     cheap = [form for form in forms if macs[form] <= min(_MACS_ALLOWANCE * fewest, site.macs)]
     if len(cheap) > 1 and weight is not None:
-        chosen = min(cheap, key=lambda form: kernel_error(weight, form, scheme))
+        chosen = min(cheap, key=lambda form: kernel_error(weight, scheme.factorize(weight, form), form))
     else:
         chosen = cheap[0]
     # Every converted layer has a bias: the anchored solve sets one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from sepdeploy.core.design import Match
+from sepdeploy.core.design import MOST_MULTIPLIER, Match
 from sepdeploy.core.report import NetworkCost
 from sepdeploy.errors import UsageError
 
@@ -13,9 +13,6 @@ __all__ = ["match_multiplier"]
 
 _TOLERANCE = 0.01
 """With 'both', how far one cost may exceed the original's: in the paper's table 6 it is up to 0.4%."""
-
-_MOST_MULTIPLIER = 64
-"""Where the search gives up: a variant that is still too cheap has hardly any separable convolution."""
 
 
 def match_multiplier(
@@ -49,7 +46,7 @@ def match_multiplier(
     if not original.macs or not original.params:
         raise UsageError("the network has no multiply-accumulates or no parameters, so there is nothing to match")
     limit = _TOLERANCE if match == "both" else 0.0
-    last = max(1, int(_MOST_MULTIPLIER / step))
+    last = max(1, int(MOST_MULTIPLIER / step))
     below = _last_within(lambda place: excess(place) <= limit, min(last, max(1, round(1 / step))), last)
     # Rounding to whole groups makes the cost dip now and then: a neighbour may fit better.
     near = [place for place in range(below - 1, below + 3) if 1 <= place <= last]
@@ -65,7 +62,7 @@ def match_multiplier(
         best = min(near, key=lambda place: abs(excess(place)))
     if best == last:
         raise UsageError(
-            f"a channel multiplier of {_MOST_MULTIPLIER} is still cheaper than the original: check that the factory's "
+            f"a channel multiplier of {MOST_MULTIPLIER} is still cheaper than the original: check that the factory's "
             "width argument scales the channels (--width-argument names it), or give --multiplier"
         )
     return best * step, cost_of(best)

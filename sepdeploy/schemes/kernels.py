@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle, Slice, Stage, Towers
 from sepdeploy.errors import UsageError
-from sepdeploy.schemes.scheme import FactorWeights, Scheme
+from sepdeploy.schemes.scheme import FactorWeights
 
 __all__ = [
     "compose_chain",
@@ -132,10 +132,9 @@ def _composed(stages: Sequence[Stage], weights: Iterator[Tensor], kernel: Tensor
     return kernel
 
 
-def kernel_error(weight: Tensor, form: ChainSum, scheme: Scheme) -> float:
-    """Relative Frobenius error of the scheme's closed form for a kernel (O, I / groups, Kh, Kw), in [0, 1]."""
-    groups = form.in_channels // weight.shape[1]
-    error = compose_kernels(scheme.factorize(weight, form), form, groups).double() - weight.double()
+def kernel_error(weight: Tensor, weights: FactorWeights, form: ChainSum) -> float:
+    """Relative Frobenius error |W' - W| / |W| of what a form computes, for a kernel W (O, I / groups, Kh, Kw)."""
+    error = compose_kernels(weights, form, form.in_channels // weight.shape[1]).double() - weight.double()
     return float(error.norm() / weight.double().norm().clamp_min(1e-30))
 
 

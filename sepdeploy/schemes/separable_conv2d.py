@@ -147,6 +147,6 @@ def _macs_per_pixel(form: ChainSum) -> float:
     for term in form.terms:
         area = 1
         for factor in reversed(term.factors):
-            total += area * (factor.params - (factor.out_channels if factor.has_bias else 0))
+            total += area * factor.weights
             area *= factor.stride[0] * factor.stride[1]
     return total

@@ -19,7 +19,7 @@ from sepdeploy.core.conv import ConvSite
 from sepdeploy.core.plan import Candidate
 from sepdeploy.core.report import LayerTransfer
 from sepdeploy.errors import ContractError, UnsupportedModelError
-from sepdeploy.schemes.kernels import compose_kernels, join_groups, split_groups
+from sepdeploy.schemes.kernels import compose_kernels, join_groups, kernel_error, split_groups
 from sepdeploy.schemes.module import ChainConv2d, chain_class, layer_kernel
 from sepdeploy.schemes.scheme import Scheme, find_scheme
 from sepdeploy.transfer.moments import LeastSquaresSums, patch_moments, patches
@@ -82,19 +82,19 @@ def transfer_layer(
     bias = getattr(conv, "bias", None)
     scheme = find_scheme(candidate.scheme)
     data_free = scheme.factorize(weight, candidate.form)
-    approximation = compose_kernels(data_free, candidate.form, site.spec.groups)
-    kernel_error = float((approximation.double() - weight.double()).norm() / weight.double().norm().clamp_min(1e-30))
+    error = kernel_error(weight, data_free, candidate.form)
     has_bias = method == "anchored" or site.spec.has_bias
     module = chain_class(conv)(candidate.form, site.spec, bias=has_bias, dtype=weight.dtype).eval()
     module.set_weights(data_free, bias)
     if method == "data-free":
-        return module, LayerTransfer(site.name, kernel_error, None, "data-free")
+        return module, LayerTransfer(site.name, error, None, "data-free")
 
     moments = _input_moments(module, converted, site, batches)
-    module.set_weights(scheme.factorize(weight, candidate.form, moments), bias)
+    if moments is not None:
+        module.set_weights(scheme.factorize(weight, candidate.form, moments), bias)
     output_error = _solve(module, original, converted, site, batches)
     _factorize_anew(module, scheme, moments)
-    return module, LayerTransfer(site.name, kernel_error, output_error, "anchored")
+    return module, LayerTransfer(site.name, error, output_error, "anchored")
 
 
 def _factorize_anew(module: ChainConv2d, scheme: Scheme, moments: Tensor | None) -> None:
