@@ -1,7 +1,9 @@
 """sepdeploy: rewrite a trained CNN's convolutions into separable ones, keep the accuracy, prove the speed.
 
 report = sepdeploy.convert(sepdeploy.ConvertOptions(model=..., arch=..., calibration=...))
+report = sepdeploy.finetune("model.sepdeploy", "train_images/")
 network = sepdeploy.load("model.sepdeploy")
+report = sepdeploy.adopt("model.sepdeploy", network)
 
 variant, result = sepdeploy.design(sepdeploy.DesignOptions(arch="models.resnet_cifar:resnet20"))
 conv = sepdeploy.SeparableConv2d(64, 128, kernel_size=3, padding=1)
@@ -15,19 +17,41 @@ from sepdeploy.version import __version__
 
 if TYPE_CHECKING:
     from sepdeploy.core.design import DesignOptions
-    from sepdeploy.core.options import ConvertOptions
-    from sepdeploy.pipeline import convert, design
+    from sepdeploy.core.options import ConvertOptions, MovedInputs
+    from sepdeploy.core.training import ReconstructOptions, TrainOptions
+    from sepdeploy.pipeline import adopt, convert, design, finetune
     from sepdeploy.schemes.separable_conv2d import SeparableConv2d
     from sepdeploy.stages.bundle import load
+    from sepdeploy.train.hooks import FinetuneContext
 
-__all__ = ["ConvertOptions", "DesignOptions", "SeparableConv2d", "__version__", "convert", "design", "load"]
+__all__ = [
+    "ConvertOptions",
+    "DesignOptions",
+    "FinetuneContext",
+    "MovedInputs",
+    "ReconstructOptions",
+    "SeparableConv2d",
+    "TrainOptions",
+    "__version__",
+    "adopt",
+    "convert",
+    "design",
+    "finetune",
+    "load",
+]
 
 _PLACES = {
     "ConvertOptions": "sepdeploy.core.options",
     "DesignOptions": "sepdeploy.core.design",
+    "FinetuneContext": "sepdeploy.train.hooks",
+    "MovedInputs": "sepdeploy.core.options",
+    "ReconstructOptions": "sepdeploy.core.training",
     "SeparableConv2d": "sepdeploy.schemes.separable_conv2d",
+    "TrainOptions": "sepdeploy.core.training",
+    "adopt": "sepdeploy.pipeline",
     "convert": "sepdeploy.pipeline",
     "design": "sepdeploy.pipeline",
+    "finetune": "sepdeploy.pipeline",
     "load": "sepdeploy.stages.bundle",
 }
 

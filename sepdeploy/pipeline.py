@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sepdeploy.analyze.liveness import measure_memory
-from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.design import DesignOptions, DesignResult
-from sepdeploy.core.files import sha256_of_file, write_text
-from sepdeploy.core.inspection import Inspection
-from sepdeploy.core.options import ConvertOptions
-from sepdeploy.core.plan import Candidate, Plan, SchemeOptions
+from sepdeploy.core.files import sha256_of_file
+from sepdeploy.core.manifest import RunRecord
+from sepdeploy.core.options import TARGETS, ConvertOptions, MovedInputs
+from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
-from sepdeploy.core.report import ArtifactResult, Report
+from sepdeploy.core.report import Report
 from sepdeploy.core.stage_store import StageStore, locked, require_usable
-from sepdeploy.errors import UsageError
-from sepdeploy.loading.model import load_model
-from sepdeploy.planning.candidates import find_candidate
+from sepdeploy.core.training import TrainOptions
+from sepdeploy.errors import ContractError, UsageError
+from sepdeploy.loading.checkpoint import load_state_dict
 from sepdeploy.planning.design_network import design_network
 from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channels_last
-from sepdeploy.planning.memory import memory_with_candidates
 from sepdeploy.schemes.scheme import find_scheme
-from sepdeploy.stages.deploy import artifact_path, deploy, measure_latency, measure_quality, versions
+from sepdeploy.stages.attempts import AttemptFile, first_attempt, next_attempt, without_recovery
+from sepdeploy.stages.deploy import (
+    artifact_path,
+    deploy,
+    measure_latency,
+    measure_network,
+    measure_quality,
+    versions,
+)
 from sepdeploy.stages.design import check_design_folder, write_design
-from sepdeploy.stages.guard import GuardRecord, propose, run_guard, trace
+from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard, trace
+from sepdeploy.stages.inspect_model import inspect_model
+from sepdeploy.stages.launch import Processes, joined_processes, launched_processes
 from sepdeploy.stages.load import Inputs, load_inputs
-from sepdeploy.stages.report import make_report, target_result, write_bundle
+from sepdeploy.stages.recover import Recovered, Recovery, Weights
+from sepdeploy.stages.reopen import (
+    RECORD,
+    absolute_options,
+    open_record,
+    read_conversion,
+    read_plan,
+    require_unchanged,
+    with_training,
+)
+from sepdeploy.stages.report import Qualities, make_report, target_result, write_bundle
+from sepdeploy.train.hooks import FinetuneHook, Hook, hook_of, opened_hook
 
-__all__ = ["convert", "design", "inspect_model"]
-
-_MAX_TIGHTENINGS = 2
-"""How often the guard runs again with a tighter limit because the target's file loses more than the network."""
+__all__ = ["adopt", "convert", "design", "finetune", "inspect_model"]
 
 
-def convert(options: ConvertOptions, progress: Progress | None = None) -> Report:
+def convert(
+    options: ConvertOptions, progress: Progress | None = None, *, finetune: FinetuneHook | None = None
+) -> Report:
     """Convert a trained network into a bundle.
 
     Stages whose inputs have not changed since an earlier run into the same folder are not repeated.
@@ -48,6 +66,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
     Args:
         options: What to convert and how.
         progress: Told what is going on.
+        finetune: The user's own training after the transfer, instead of `options.finetune_hook`.
 
     Returns:
         The report; `report.is_success` says whether every promise holds. The bundle is written either way.
@@ -59,58 +78,136 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Report
     find_scheme(options.scheme)
     folder = options.output_folder
     require_usable(folder)  # before the minutes that large sets of images take
+    if launched_processes() > 1 and (options.train or options.finetune_hook or finetune):
+        raise UsageError(
+            "convert runs in one process: convert without training first, then give the bundle to "
+            "'accelerate launch -m sepdeploy finetune BUNDLE --train PATH'"
+        )
     torch.manual_seed(options.seed)
-    inputs = load_inputs(options, progress)
-    with locked(folder):
-        store = StageStore(folder, on_change=lambda: _discard_results(folder))
-        progress.stage("tracing the network")
-        traced = trace(store, options, inputs)
-        proposal = propose(store, options, inputs, traced)
-        return _convert(store, options, inputs, traced, proposal, progress)
+    with _hook(finetune, options.finetune_hook) as hook:
+        inputs = load_inputs(options, progress)
+        with locked(folder):
+            store = StageStore(folder, on_change=lambda: _discard_results(folder, RECORD))
+            progress.stage("tracing the network")
+            traced = trace(store, options, inputs)
+            proposal = propose(store, options, inputs, traced)
+            return _convert(store, options, inputs, traced, proposal, hook, progress)
 
 
 def _convert(
-    store: StageStore, options: ConvertOptions, inputs: Inputs, traced: Trace, proposal: Plan, progress: Progress
+    store: StageStore,
+    options: ConvertOptions,
+    inputs: Inputs,
+    traced: Trace,
+    proposal: Plan,
+    hook: Hook | None,
+    progress: Progress,
 ) -> Report:
     batch_size = batch_size_for(traced)
-    prefer_channels_last(inputs.network, inputs.example())
-    evaluator = Evaluator(inputs.network, inputs.validation, batch_size, progress.step)
-    progress.stage("running the original network on the validation images")
-    original_quality = evaluator.original_quality()
-    originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
-    limit_path = store.work / "limit.json"
-    limit_key = {**inputs.network_key(), **_guard_options(options, inputs)}
-    is_settled = store.is_current("limit", limit_key, (limit_path,))
-    limit = json.loads(limit_path.read_bytes()) if is_settled else options.max_drop_points
-    attempts = 1 if is_settled else 1 + _MAX_TIGHTENINGS
-    for attempt in range(1, attempts + 1):
+    evaluator = _evaluator(inputs, batch_size, progress)
+    # Before anything takes long: a network that cannot be exported is refused here.
+    deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
+    is_trained = inputs.train is not None or hook is not None
+    file = AttemptFile(store.work / "limit.json", {**inputs.network_key(), **_limit_options(options, inputs, hook)})
+    attempt = file.read() or first_attempt(options, is_trained=is_trained)
+    while True:
         plan, network, guard = run_guard(
-            store, options, inputs, traced, proposal, evaluator, batch_size, limit, progress
+            store, options, inputs, traced, proposal, evaluator, batch_size, attempt.limit_points, progress
         )
-        converted = _deploy_converted(store, options, inputs, traced, network, evaluator, progress)
-        tighter = _tighter_limit(options, converted, guard)
-        if tighter is None or not plan.replaced or attempt == attempts:
+        recovery = Recovery(store, store.folder, options, inputs, traced, plan, progress, Processes())
+        untrained = _recover(recovery, options, Recovered(TRANSFERRED, network), is_recovering=attempt.is_recovering)
+        last = _train(recovery, inputs, untrained, hook) if attempt.is_recovering else untrained
+        recovery.finish(last)
+        promise = options.max_drop_points
+        if promise is None or attempt.is_last:
             break
-        limit = tighter
-    store.run("limit", limit_key, (limit_path,), lambda: write_text(limit_path, json.dumps(limit)))
+        following = None
+        if plan.replaced:
+            drop = _file_drop(store, options, inputs, traced, last.network, evaluator, progress)
+            if drop > promise:
+                following = next_attempt(attempt, promise, guard.quality.drop_points, drop)
+        elif attempt.is_recovering and guard.limit_points is not None and guard.limit_points < promise:
+            following = without_recovery(promise)  # tightened until nothing was left
+        if following is None:
+            break
+        attempt = following
+        file.write(attempt)
+    file.write(replace(attempt, is_last=True))
+    record = RunRecord(absolute_options(options, inputs.architecture), untrained.name)
+    return _finish(store, options, inputs, traced, plan, guard, last, evaluator, record, progress)
+
+
+def _recover(recovery: Recovery, options: ConvertOptions, transferred: Recovered, *, is_recovering: bool) -> Recovered:
+    """What wins accuracy back without labels; a transfer without data stays without."""
+    if options.transfer == "data-free" or not recovery.replaces_anything:
+        return transferred
+    recalibrated = recovery.recalibrate(transferred)
+    return recovery.reconstruct(recalibrated) if is_recovering and options.reconstructs else recalibrated
+
+
+def _train(recovery: Recovery, inputs: Inputs, before: Recovered, hook: Hook | None) -> Recovered:
+    """The user's own training, or else fine-tuning, or neither."""
+    if not recovery.replaces_anything:
+        return before
+    if hook is not None:
+        return recovery.run_hook(before, hook)
+    return before if inputs.train is None else recovery.finetune(before)
+
+
+def _finish(
+    store: StageStore,
+    options: ConvertOptions,
+    inputs: Inputs,
+    traced: Trace,
+    plan: Plan,
+    guard: GuardRecord,
+    last: Recovered,
+    evaluator: Evaluator,
+    record: RunRecord,
+    progress: Progress,
+) -> Report:
+    """Export, measure and report the bundle's network."""
+    originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
+    weights = _weights_sha256(store)
+    converted = deploy(store, options, inputs, traced, last.network, Role.CONVERTED, weights, progress)
+    qualities = Qualities(
+        original=evaluator.original_quality(),
+        transferred=guard.quality,
+        converted=measure_network(store, last.network, inputs, evaluator, progress),
+    )
     results = [measure_quality(store, r, inputs, evaluator, options, progress) for r in (*originals, *converted)]
     results = measure_latency(results, options, progress)
     progress.stage("writing the report")
-    report = make_report(options, inputs, traced, plan, network, guard, original_quality, results)
+    report = make_report(options, inputs, traced, plan, last.network, guard, last.steps, qualities, results)
     _discard_results(store.folder)
     _discard_other_formats(store.folder, options.formats)
-    write_bundle(options, inputs, report)
+    write_bundle(options, inputs, report, record)
     return report
 
 
-def _guard_options(options: ConvertOptions, inputs: Inputs) -> dict[str, object]:
+def _evaluator(inputs: Inputs, batch_size: int, progress: Progress) -> Evaluator:
+    """What compares networks with the original, which is seen to be usable first."""
+    prefer_channels_last(inputs.network, inputs.example())
+    evaluator = Evaluator(inputs.network, inputs.validation, batch_size, progress.step)
+    progress.stage("running the original network on the validation images")
+    evaluator.original_quality()
+    return evaluator
+
+
+def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -> dict[str, object]:
     """What the limit that the guard ends up with depends on, besides the network."""
     return {
         "scheme": options.scheme,
         "options": repr(options.scheme_options),
         "includes_linear": options.includes_linear,
         "transfer": options.transfer,
+        "reconstruct": repr(options.reconstruct),
+        "train": None if inputs.train is None else inputs.train.sha256,
+        "training": repr(options.training),
+        "hook": None if hook is None else hook.name,
+        "hook_key": None if hook is None else hook.key,
         "max_drop": options.max_drop_points,
+        "recoverable": options.recoverable_points,
         "target": options.target,
         "precision": options.precision.value,
         "calibration": inputs.calibration.sha256,
@@ -119,7 +216,7 @@ def _guard_options(options: ConvertOptions, inputs: Inputs) -> dict[str, object]
     }
 
 
-def _deploy_converted(
+def _file_drop(
     store: StageStore,
     options: ConvertOptions,
     inputs: Inputs,
@@ -127,24 +224,155 @@ def _deploy_converted(
     network: nn.Module,
     evaluator: Evaluator,
     progress: Progress,
-) -> list[ArtifactResult]:
-    """The converted network's files, the target's with its quality."""
-    weights = sha256_of_file(store.folder / "model.pt") + sha256_of_file(store.folder / "plan.json")
-    results = deploy(store, options, inputs, traced, network, Role.CONVERTED, weights, progress)
+) -> float:
+    """Points that the target's file loses, which is exported and measured for that."""
+    only_target = replace(options, formats=(TARGETS[options.target],))
+    results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, _weights_sha256(store), progress)
     target = target_result(results, options, Role.CONVERTED)
-    measured = measure_quality(store, target, inputs, evaluator, options, progress)
-    return [measured if result is target else result for result in results]
+    quality = measure_quality(store, target, inputs, evaluator, options, progress).quality
+    if quality is None:
+        raise ContractError("the target's file was not measured")
+    return quality.drop_points
 
 
-def _tighter_limit(options: ConvertOptions, converted: list[ArtifactResult], guard: GuardRecord) -> float | None:
-    """The limit for the PyTorch network that should bring the target's file below --max-drop; None if it is there.
+def _weights_sha256(store: StageStore) -> str:
+    """What the converted network's files depend on."""
+    return sha256_of_file(store.folder / "model.pt") + sha256_of_file(store.folder / "plan.json")
 
-    Quantization takes its own share of the drop, which the guard's PyTorch network does not see.
+
+@contextmanager
+def _hook(function: FinetuneHook | None, spec: str | None) -> Iterator[Hook | None]:
+    """The user's training, given as a callable or by name; None if there is none."""
+    if function is not None:
+        yield hook_of(function)
+    elif spec is not None:
+        with opened_hook(spec) as hook:
+            yield hook
+    else:
+        yield None
+
+
+def finetune(
+    bundle: str | Path,
+    train: str | None = None,
+    *,
+    training: TrainOptions | None = None,
+    finetune: FinetuneHook | str | None = None,
+    moved: MovedInputs | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Train the network of a finished bundle, and export, measure and report it again.
+
+    Training starts from what `convert` made before any training, or from the weights that `adopt` brought; what is
+    replaced stays as it is. Repeated with the same images and options, it goes on where it was stopped. Called alike by
+    all processes of an `accelerate launch`, it trains with all of them; the first does the rest.
+
+    Args:
+        bundle: The output folder of `sepdeploy convert`.
+        train: Images, with or without labels.
+        training: How to fine-tune on them.
+        finetune: The user's own training in place of the fine-tuning, a callable or 'file.py:function'.
+        moved: Where the inputs of the conversion are now.
+        command: The command line, for the record.
+        progress: Told what is going on.
+
+    Returns:
+        The report, as of `convert`.
+
+    Raises:
+        SepdeployError: if the bundle cannot be continued.
     """
-    quality = target_result(converted, options, Role.CONVERTED).quality
-    if options.max_drop_points is None or quality is None or quality.drop_points <= options.max_drop_points:
-        return None
-    return max(0.0, guard.quality.drop_points - (quality.drop_points - options.max_drop_points))
+    if train is None and finetune is None:
+        raise UsageError("there is nothing to train: give images (--train) or a hook (--finetune-hook)")
+    spec, function = (finetune, None) if isinstance(finetune, str) else (None, finetune)
+    with joined_processes() as processes, _hook(function, spec) as hook:
+        record = open_record(Path(bundle), moved or MovedInputs())
+        record = with_training(record, train, training or TrainOptions(), spec)
+        report = None
+        if processes.is_first:
+            report = _continue(record, hook, None, processes, command, progress or Silent())
+        else:
+            _take_part(record, hook, processes)
+        said: Report = processes.told(report)
+        return said
+
+
+def adopt(
+    bundle: str | Path,
+    model: nn.Module | Mapping[str, Tensor] | str | Path,
+    *,
+    moved: MovedInputs | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Bring weights back that were trained elsewhere; export, measure and report the bundle's network with them.
+
+    They take the place of what the bundle was trained to before; a later `finetune` starts from them. The same
+    `convert` run again goes back to the bundle without them.
+
+    Args:
+        bundle: The output folder of `sepdeploy convert`.
+        model: What `sepdeploy.load` gave, trained; or its state dict; or a file with that (.pt, .safetensors, training
+            checkpoints, of Lightning too). Prefixes such as `module.` and `model.` are looked through.
+        moved: Where the inputs of the conversion are now.
+        progress: Told what is going on.
+
+    Returns:
+        The report, as of `convert`.
+
+    Raises:
+        SepdeployError: if the bundle cannot be continued or the weights are not those of its network.
+    """
+    record = with_training(open_record(Path(bundle), moved or MovedInputs()), None, TrainOptions(), None)
+    if isinstance(model, str | Path):
+        weights = Weights(load_state_dict(Path(model)).tensors, str(model))
+    else:
+        weights = Weights(model, f"the given {type(model).__name__}")
+    command = f"sepdeploy.adopt({str(bundle)!r}, ...)  # {weights.source}"
+    return _continue(replace(record, is_adopted=True), None, weights, Processes(), command, progress or Silent())
+
+
+def _continue(
+    record: RunRecord,
+    hook: Hook | None,
+    adopted: Weights | None,
+    processes: Processes,
+    command: str,
+    progress: Progress,
+) -> Report:
+    """Go on with a finished bundle in the process that writes it."""
+    options = record.options
+    folder = options.output_folder
+    torch.manual_seed(options.seed)
+    inputs = load_inputs(options, progress)
+    with locked(folder):
+        store = StageStore(folder, on_change=lambda: _discard_results(folder))
+        require_unchanged(store, options, inputs)
+        traced, plan, guard = read_conversion(store)
+        if not plan.replaced:
+            raise UsageError(f"{folder} is the original network: nothing was replaced, so there is nothing to train")
+        recovery = Recovery(store, folder, options, inputs, traced, plan, progress, processes)
+        start = recovery.reopen(record.untrained if adopted is not None else record.start)
+        processes.told("the inputs are fine")
+        evaluator = _evaluator(inputs, batch_size_for(traced), progress)
+        if adopted is not None:
+            start = recovery.adopt(start, adopted)
+        last = _train(recovery, inputs, start, hook)
+        recovery.finish(last)
+        told = replace(options, command=f"{options.command or repr(options)} && {command}")
+        kept = replace(record, options=absolute_options(options, inputs.architecture))
+        return _finish(store, told, inputs, traced, plan, guard, last, evaluator, kept, progress)
+
+
+def _take_part(record: RunRecord, hook: Hook | None, processes: Processes) -> None:
+    """Train along with the first process, which does everything else."""
+    options = record.options
+    processes.told(None)  # what is wrong with the inputs, the first process says once
+    inputs = load_inputs(options, Silent())
+    prefer_channels_last(inputs.network, inputs.example())
+    traced, plan = read_plan(options.output_folder)
+    recovery = Recovery(None, options.output_folder, options, inputs, traced, plan, Silent(), processes)
+    _train(recovery, inputs, recovery.open(record.start), hook)
 
 
 def design(options: DesignOptions, progress: Progress | None = None) -> tuple[nn.Module, DesignResult]:
@@ -169,53 +397,9 @@ def design(options: DesignOptions, progress: Progress | None = None) -> tuple[nn
     return designed.module, designed.result
 
 
-def inspect_model(
-    model: Path,
-    arch: str,
-    input_shape: tuple[int, int, int],
-    schemes: Sequence[str],
-    options: SchemeOptions,
-    *,
-    includes_linear: bool = False,
-) -> Inspection:
-    """What a network consists of, what each convolution could become, and how much memory that takes.
-
-    Args:
-        model: The checkpoint.
-        arch: The architecture.
-        input_shape: (C, H, W).
-        schemes: Names of the schemes to try.
-        options: Hyper-parameters of the schemes.
-        includes_linear: Whether to list linear layers too, as 1x1 convolutions.
-
-    Raises:
-        SepdeployError: if the network cannot be loaded or traced.
-    """
-    if min(input_shape) < 1:
-        raise UsageError(f"--input-shape must be positive, got {','.join(map(str, input_shape))}")
-    loaded = load_model(model, arch)
-    example = torch.zeros(1, *input_shape)
-    traced = trace_network(loaded.module, example, includes_linear=includes_linear)
-    found = [find_scheme(name) for name in schemes]
-    candidates = {
-        site.name: {scheme.name: find_candidate(site, scheme, options) for scheme in found} for site in traced.sites
-    }
-    memory_with, notes = {}, list(loaded.notes)
-    for scheme in found:
-        offers = {name: of_site[scheme.name] for name, of_site in candidates.items()}
-        chosen = {name: offer for name, offer in offers.items() if isinstance(offer, Candidate)}
-        if not chosen:
-            continue
-        try:
-            memory_with[scheme.name] = memory_with_candidates(loaded.module, traced, chosen, example)
-        except UsageError as error:
-            notes.append(f"no memory is given for {scheme.name}: {error}")
-    return Inspection(traced, candidates, measure_memory(loaded.module, example), memory_with, tuple(notes))
-
-
-def _discard_results(folder: Path) -> None:
+def _discard_results(folder: Path, *more: str) -> None:
     """Remove what marks the bundle as finished, before the first file behind it changes; the manifest goes first."""
-    for name in ("manifest.json", "report.json", "report.html"):
+    for name in ("manifest.json", "report.json", "report.html", *more):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from sepdeploy.cli.parameters import CommaList, Shape, print_tables, shown_progress
+from sepdeploy.cli.parameters import CommaList, Shape, print_report, shown_progress
 from sepdeploy.cli.scheme_options import scheme_options
+from sepdeploy.cli.train_options import train_options
+from sepdeploy.core.options import RECOVERED_BY_RECONSTRUCTION, RECOVERED_BY_TRAINING
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.schemes.lowerings.lowering import LOWERINGS
 from sepdeploy.schemes.scheme import SCHEMES
@@ -35,6 +37,11 @@ __all__ = ["command"]
               "the schemes that take those.")  # fmt: skip
 @click.option("--max-drop", type=click.FloatRange(0, 100), metavar="POINTS", help="Most accuracy that may be lost; "
               "without it everything that becomes cheaper is replaced, whatever it costs.")  # fmt: skip
+@click.option("--recoverable", type=click.FloatRange(0, 100), metavar="POINTS", help="How far beyond --max-drop the "
+              "transfer may go because what follows wins it back (default "
+              f"{RECOVERED_BY_RECONSTRUCTION:g} with reconstruction, {RECOVERED_BY_TRAINING:g} with training). Too "
+              "much costs time, not the promise: the limit is tightened and everything after it is done again, up to "
+              "two more trainings.")  # fmt: skip
 @click.option("--target", default="ort", show_default=True, type=click.Choice(("ort", "litert")),
               help="Runtime that the result must be faster on.")  # fmt: skip
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "int8")),
@@ -45,7 +52,10 @@ __all__ = ["command"]
               help="How separable forms are written down in the files: one or more, in order, of "
               f"{', '.join(LOWERINGS)}; auto takes what suits each format and precision.")  # fmt: skip
 @click.option("--transfer", default="anchored", show_default=True, type=click.Choice(("anchored", "data-free")),
-              help="How weights are found.")  # fmt: skip
+              help="How weights are found; data-free leaves out all that follows but training.")  # fmt: skip
+@click.option("--reconstruct/--no-reconstruct", default=None, help="Train each block for a few hundred steps to "
+              "imitate the original's, on the calibration images without labels (default: yes).")  # fmt: skip
+@train_options
 @click.option("--calibration-images", default=512, show_default=True, type=click.IntRange(min=1), metavar="N",
               help="Most calibration images to use.")  # fmt: skip
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtimes "
@@ -65,11 +75,16 @@ def command(
     scheme_options: dict[str, Any],
     includes_linear: bool,
     max_drop: float | None,
+    recoverable: float | None,
     target: str,
     precision: str,
     formats: tuple[str, ...],
     lowering: tuple[str, ...],
     transfer: str,
+    reconstruct: bool | None,
+    train: str | None,
+    finetune_hook: str | None,
+    training: dict[str, Any],
     calibration_images: int,
     threads: int,
     seed: int,
@@ -79,19 +94,24 @@ def command(
     """Convert the network in the checkpoint MODEL and write a bundle: files, plan, report.
 
     \b
-    Example:
+    Examples:
       sepdeploy convert resnet20.pt --arch models.resnet_cifar:resnet20 --calibration train/ \\
           --validation test/ --preprocess calibration/cifar10.toml --max-drop 2
+      sepdeploy convert resnet20.pt --arch models.resnet_cifar:resnet20 --calibration train/ \\
+          --validation test/ --preprocess calibration/cifar10.toml --train train/ --epochs 10
 
     The exit code is 0 if the converted network is faster than the original on the target and holds --max-drop, 1 if
     the bundle was written but a promise is broken. A run that was stopped goes on where it was when repeated.
     """
     from sepdeploy.core.artifact import Format, Precision
     from sepdeploy.core.options import ConvertOptions
+    from sepdeploy.core.training import ReconstructOptions, TrainOptions
     from sepdeploy.schemes.read_options import read_options
 
     if "auto" in lowering and len(lowering) > 1:
         raise click.UsageError("--lowering auto stands alone: it takes what suits each file")
+    if reconstruct and transfer == "data-free":
+        raise click.UsageError("--reconstruct needs images, and --transfer data-free uses none: leave out one of them")
     options = ConvertOptions(
         model=model,
         arch=arch,
@@ -103,11 +123,16 @@ def command(
         scheme_options=read_options([scheme], scheme_options, SchemeOptions()),
         includes_linear=includes_linear,
         max_drop_points=max_drop,
+        recoverable_points=recoverable,
         target=target,
         precision=Precision(precision),
         formats=tuple(Format(name) for name in formats),
         lowering=None if lowering == ("auto",) else lowering,
         transfer=transfer,
+        reconstruct=None if reconstruct is False else ReconstructOptions(seed=seed),
+        train=train,
+        training=TrainOptions(**training, seed=seed),
+        finetune_hook=finetune_hook,
         calibration_images=calibration_images,
         threads=threads,
         seed=seed,
@@ -118,18 +143,5 @@ def command(
         from sepdeploy.pipeline import convert  # torch: only when there is something to do
 
         report = convert(options, progress)
-    if as_json:
-        from sepdeploy.core.codec import to_json
-
-        click.echo(to_json(report), nl=False)
-    else:
-        from sepdeploy.render.format_numbers import printable
-        from sepdeploy.render.summary import verdict
-        from sepdeploy.render.terminal import artifacts_table, summary_table
-
-        print_tables(summary_table(report), artifacts_table(report))
-        for note in report.notes:
-            click.echo(f"note: {printable(note)}")
-        click.echo(verdict(report))
-        click.echo(f"report: {options.output_folder / 'report.html'}")
+    print_report(report, options.output_folder, as_json=as_json)
     return 0 if report.is_success else 1

@@ -18,6 +18,10 @@ __all__ = ["main", "program"]
 _COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "convert": ("sepdeploy.cli.convert", "Convert a trained network into a smaller, faster one, with proof."),
+        "finetune": (
+            "sepdeploy.cli.finetune",
+            "Train the network of a finished bundle, and export and measure it again.",
+        ),
         "inspect": ("sepdeploy.cli.inspect", "List every convolution: its cost, and what it could become."),
         "design": ("sepdeploy.cli.design", "Build separable variants of a network, to be trained from scratch."),
         "schemes": ("sepdeploy.cli.schemes", "List the schemes, and what each costs for one convolution."),

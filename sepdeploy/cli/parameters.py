@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console, RenderableType
 
     from sepdeploy.core.progress import Progress
+    from sepdeploy.core.report import Report
 
-__all__ = ["CommaList", "Shape", "print_tables", "shown_progress"]
+__all__ = ["CommaList", "Shape", "print_report", "print_tables", "shown_progress"]
 
 
 class Shape(click.ParamType):  # type: ignore[type-arg]
@@ -84,6 +87,25 @@ def print_tables(*renderables: RenderableType) -> None:
     console = _console()
     for renderable in renderables:
         console.print(renderable)
+
+
+def print_report(report: Report, bundle: Path, *, as_json: bool) -> None:
+    """Print what a run came to, as tables with notes and a verdict, or all of it as JSON."""
+    if as_json:
+        from sepdeploy.core.codec import to_json
+
+        click.echo(to_json(report), nl=False)
+        return
+    from sepdeploy.render.format_numbers import printable
+    from sepdeploy.render.summary import verdict
+    from sepdeploy.render.terminal import artifacts_table, recovery_table, summary_table
+
+    recovery = (recovery_table(report),) if report.recovery else ()
+    print_tables(*recovery, summary_table(report), artifacts_table(report))
+    for note in report.notes:
+        click.echo(f"note: {printable(note)}")
+    click.echo(verdict(report))
+    click.echo(f"report: {bundle / 'report.html'}")
 
 
 def _console() -> Console:

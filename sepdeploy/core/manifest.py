@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ArchitectureSource", "FileEntry", "Manifest"]
+from sepdeploy.core.options import ConvertOptions
+
+__all__ = ["ArchitectureSource", "FileEntry", "Manifest", "RunRecord"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +64,24 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileEntry]
     format_version: Literal[1] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """How the bundle was made, so that its training can be continued: options.json.
+
+    Attributes:
+        options: What `convert` was told, paths absolute and without the bundle's own; training as it was told last.
+        untrained: The network before any training: its file in work/, without suffix.
+        is_adopted: Whether weights from elsewhere took its place.
+    """
+
+    options: ConvertOptions
+    untrained: str
+    is_adopted: bool = False
+    format_version: Literal[1] = 1
+
+    @property
+    def start(self) -> str:
+        """The network that training starts from, likewise."""
+        return "adopted" if self.is_adopted else self.untrained

@@ -8,6 +8,7 @@ from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Plan
+from sepdeploy.core.training import RecoveryStep
 
 __all__ = [
     "ArtifactResult",
@@ -138,7 +139,8 @@ class Report:
         seed: Seed of the run.
         target: Runtime that the speed check is about: 'ort' or 'litert'.
         precision: Precision that both checks are about.
-        max_drop_points: Limit of the guard; None if there was none.
+        max_drop_points: Most that the target's file may lose; None if there was no limit.
+        guard_limit_points: Limit of the guard, which measures before recovery and after which quantization comes.
         input_shape: (1, C, H, W), or (1, H, W, C).
         calibration: Images that the transfer and the int8 ranges come from.
         validation: Images that quality is measured on and that the guard decided by.
@@ -149,7 +151,9 @@ class Report:
         plan: What became of each convolution.
         transfer: One entry per replaced convolution.
         guard: The growth of the replaced set, step by step.
+        recovery: What was tried after the transfer to win accuracy back, in order.
         original_quality: Of the original PyTorch network.
+        transferred_quality: Of the converted PyTorch network before recovery.
         converted_quality: Of the converted PyTorch network.
         artifacts: Every deployable file, original and converted.
         checks: The promises.
@@ -164,6 +168,7 @@ class Report:
     target: str
     precision: Precision
     max_drop_points: float | None
+    guard_limit_points: float | None
     input_shape: tuple[int, ...]
     calibration: DataSummary
     validation: DataSummary
@@ -174,7 +179,9 @@ class Report:
     plan: Plan
     transfer: tuple[LayerTransfer, ...]
     guard: tuple[GuardStep, ...]
+    recovery: tuple[RecoveryStep, ...]
     original_quality: Quality
+    transferred_quality: Quality
     converted_quality: Quality
     artifacts: tuple[ArtifactResult, ...]
     checks: tuple[Check, ...]

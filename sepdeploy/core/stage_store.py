@@ -70,6 +70,11 @@ class StageStore:
         record = self._records.get(name)
         return record is not None and record.get("key") == _key(inputs) and record.get("files") == self._hashes(files)
 
+    def is_intact(self, name: str, files: tuple[Path, ...]) -> bool:
+        """Whether `files` are as the stage left them, whatever its inputs are now."""
+        record = self._records.get(name)
+        return record is not None and record.get("files") == self._hashes(files)
+
     def _hashes(self, files: tuple[Path, ...]) -> dict[str, str | None]:
         return {
             file.relative_to(self.folder).as_posix(): sha256_of_file(file) if file.is_file() else None for file in files

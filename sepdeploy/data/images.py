@@ -95,19 +95,30 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """Yield (images, labels): float32 in the layout of `preprocess`, and (N,) int64 or None.
 
         The last batch may be smaller. Only one batch is held at a time.
 
+        Args:
+            batch_size: Images per batch, over all processes together.
+            shard: (rank, count): only the contiguous part of every batch that falls to process `rank` of `count` is
+                decoded. The parts differ by one image at most; those of a batch smaller than `count` may be empty.
+
         Raises:
-            UsageError: if `batch_size` is below 1, or a file has changed since the set was opened.
+            UsageError: if `batch_size` is below 1, there is no such shard, or a file has changed since the set was
+                opened.
         """
+        rank, count = shard
         if batch_size < 1:
             raise UsageError(f"the batch size must be at least 1, got {batch_size}")
+        if not 0 <= rank < count:
+            raise UsageError(f"there is no process {rank} of {count}: ranks go from 0 to {count - 1}")
         for start in range(0, len(self), batch_size):
-            labels = None if self.labels is None else self.labels[start : start + batch_size]
-            yield self.preprocess.to_input(self._pixels(start, start + batch_size)), labels
+            size = min(batch_size, len(self) - start)
+            first, stop = (start + size * part // count for part in (rank, rank + 1))
+            labels = None if self.labels is None else self.labels[first:stop]
+            yield self.preprocess.to_input(self._pixels(first, stop)), labels
 
     def head(self, count: int) -> ImageSet:
         """The first `count` images, or all if there are fewer.
@@ -131,6 +142,10 @@ class ImageSet:
         order = proportional_order(self.labels, len(self), seed)
         return self._subset(np.sort(order[:first])), self._subset(np.sort(order[first:]))
 
+    def shuffled(self, seed: int) -> ImageSet:
+        """The same images in an order that depends on `seed`, at least 0, alone."""
+        return self._subset(even_order(None, len(self), seed))
+
     @cached_property
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of the preprocessing, the decoded pixels and the labels."""
@@ -152,7 +167,8 @@ class ImageSet:
                 name = self._reader.source.name(index)
                 raise UsageError(f"{name} in {self.path} changed while it was in use; run again with it unchanged")
             images.append(pixels)
-        return np.stack(images)
+        channels, height, width = self.input_shape
+        return np.stack(images) if images else np.empty((0, height, width, channels), np.uint8)
 
 
 def open_images(

@@ -71,8 +71,12 @@ def build_architecture(spec: str) -> Architecture:
     return Architecture(spec, network, place if _is_file(place) else None, sha256)
 
 
-def split_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
+def split_spec(spec: str, expected: str = f"an architecture; give {_FORMS}") -> tuple[str, str, dict[str, Any]]:
     """Place, factory and arguments of a spec; nothing is imported.
+
+    Args:
+        spec: As the user gave it.
+        expected: What a malformed one is not, and how it is given, for the message.
 
     Raises:
         UsageError: if it is malformed.
@@ -82,7 +86,7 @@ def split_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
     """
     match = _SPEC.fullmatch(spec.strip())
     if match is None or "\0" in spec:
-        raise UsageError(f"{spec!r} is not an architecture; give {_FORMS}")
+        raise UsageError(f"{spec!r} is not {expected}")
     return match["place"], match["factory"], _parse_arguments(spec, match["arguments"] or "()")
 
 
@@ -99,7 +103,7 @@ def imported_place(spec: str, place: str) -> Iterator[tuple[ModuleType, str | No
             yield _load_file(path)
         return
     if not all(part.isidentifier() for part in place.split(".")):
-        raise UsageError(f"{place!r} in {spec!r} is neither a .py file nor the name of a module; give {_FORMS}")
+        raise UsageError(f"{place!r} in {spec!r} is neither a .py file nor the name of a module")
     with _importable(Path.cwd()):
         module = _import_module(place)
         yield module, _source_sha256(module)
@@ -146,7 +150,7 @@ def _load_file(path: Path) -> tuple[ModuleType, str]:
     try:
         source = path.read_bytes()
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the architecture {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     sha256 = hashlib.sha256(source).hexdigest()
     location = str(path.resolve())
     name = f"_sepdeploy_arch_{hashlib.sha256(location.encode(errors='surrogateescape')).hexdigest()[:12]}_{sha256[:12]}"

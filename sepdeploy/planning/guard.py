@@ -8,19 +8,18 @@ that is clearly decided ends early, but the network handed over has always been 
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
+from sepdeploy.analyze.damage import network_damage
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.measurement import Quality
 from sepdeploy.core.plan import Kept, Plan, Reason
 from sepdeploy.core.report import GuardStep, LayerTransfer
 from sepdeploy.planning.convert import TransferMemory, convert_network
-from sepdeploy.planning.evaluate import Evaluator, run_network
+from sepdeploy.planning.evaluate import Evaluator
 from sepdeploy.transfer.layer import Batches, TransferMethod
 
 __all__ = ["GuardMemory", "Guarded", "guard_plan"]
@@ -158,10 +157,7 @@ class _Run:
         return known
 
     def damage(self, name: str) -> float:
-        """Change of the network's output with `name` alone replaced, on calibration images.
-
-        Kullback-Leibler divergence of the class probabilities in nats, or the squared relative error.
-        """
+        """Change of the network's output with `name` alone replaced, on calibration images (`network_damage`)."""
         known = self.memory.get(f"damage {name}")
         if isinstance(known, float):
             return known
@@ -169,16 +165,7 @@ class _Run:
         network, _ = self.build([name])
         low, high = _DAMAGE_IMAGES
         images = int(min(high, max(low, _DAMAGE_MACS // max(self.trace.total_macs, 1))))
-        total, signal, seen = 0.0, 0.0, 0
-        for batch in self.batches():
-            batch = batch[: images - seen]
-            seen += len(batch)
-            before, after = run_network(self.original, batch), run_network(network, batch)
-            change, energy = _output_change(before, after)
-            total, signal = total + change, signal + energy
-            if seen >= images:
-                break
-        value = total / max(signal, 1e-30)
+        value = network_damage(self.original, network, _first_images(self.batches(), images))
         self.memory[f"damage {name}"] = value
         return value
 
@@ -248,18 +235,10 @@ class _Run:
         return plan
 
 
-def _output_change(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Change of the outputs and what it is relative to: KL divergence and images, or squared error and energy."""
-    first = before[0]
-    if len(before) == 1 and first.ndim == 2 and first.shape[1] >= 2:
-        log_p = torch.log_softmax(torch.from_numpy(first).double(), 1)
-        log_q = torch.log_softmax(torch.from_numpy(after[0]).double(), 1)
-        divergence = _finite((log_p.exp() * (log_p - log_q)).sum())
-        return divergence, float(len(first))
-    change = sum(_finite(torch.from_numpy(a - b).double().square().sum()) for b, a in zip(before, after, strict=True))
-    return change, sum(_finite(torch.from_numpy(b).double().square().sum()) for b in before)
-
-
-def _finite(value: Tensor) -> float:
-    """A number that sorts last where the network overflowed."""
-    return float(torch.nan_to_num(value, nan=1e30, posinf=1e30, neginf=1e30).clamp(max=1e30))
+def _first_images(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The batches of the first `count` images."""
+    for batch in batches:
+        yield batch[:count]
+        count -= len(batch)
+        if count <= 0:
+            return

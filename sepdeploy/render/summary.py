@@ -35,6 +35,7 @@ __all__ = [
     "outcome_text",
     "plan_sentence",
     "quality_ratio",
+    "recovery_sentence",
     "speedup_between",
     "speedup_text",
     "summarize",
@@ -198,6 +199,22 @@ def quality_ratio(quality: Quality) -> float | None:
     """The ratio that the drop was taken from: accuracy, agreement or relative error; None if it was not measured."""
     ratios = {"accuracy": quality.accuracy_ratio, "agreement": quality.agreement_ratio}
     return ratios.get(quality.drop_basis, quality.relative_error)
+
+
+def recovery_sentence(report: Report) -> str:
+    """How far the recovery has brought the PyTorch network, and what damage is."""
+    before, after = report.transferred_quality, report.converted_quality
+    was, now = quality_ratio(before), quality_ratio(after)
+    name = {"accuracy": "Accuracy", "agreement": "Agreement with the original"}.get(after.drop_basis, "Output error")
+    change = ""
+    if was is not None and now is not None:
+        images = plural(after.images, "validation image")
+        change = f"{name} of the PyTorch network: {percent_text(was)} before, {percent_text(now)} after, on {images}. "
+    judges = plural(max((step.images for step in report.recovery), default=0), "held-out calibration image")
+    return (
+        f"{change}Damage: change of the outputs against the original's on {judges} (divergence of the class "
+        "probabilities in nats, or squared relative error)."
+    )
 
 
 def _size_row(report: Report) -> SummaryRow:

@@ -22,6 +22,7 @@ from sepdeploy.render.summary import (
     outcome_text,
     plan_sentence,
     quality_ratio,
+    recovery_sentence,
     summarize,
 )
 from sepdeploy.render.tables import NONE, Column, add_row, add_totals, kilo, make_table, mega
@@ -29,7 +30,7 @@ from sepdeploy.render.tables import NONE, Column, add_row, add_totals, kilo, mak
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["artifacts_table", "inspect_table", "latency_table", "plan_table", "summary_table"]
+__all__ = ["artifacts_table", "inspect_table", "latency_table", "plan_table", "recovery_table", "summary_table"]
 
 CandidateTable = Mapping[str, Mapping[str, Candidate | Kept]]
 """Site name -> scheme name -> what the scheme offers for it."""
@@ -51,6 +52,16 @@ def summary_table(report: Report) -> Table:
     )
     for row in summarize(report):
         add_row(table, row.quantity, row.original, row.converted, row.change)
+    return table
+
+
+def recovery_table(report: Report) -> Table:
+    """What was tried after the transfer to win accuracy back, and what came of it."""
+    columns = [Column("step", "name"), Column("damage\nbefore"), Column("after"), Column("verdict"), Column("", "name")]
+    table = make_table("Recovery", columns, caption=recovery_sentence(report))
+    for step in report.recovery:
+        damages = (three_digits(step.damage_before), three_digits(step.damage_after))
+        add_row(table, step.name, *damages, "kept" if step.is_kept else "undone", step.detail)
     return table
 
 

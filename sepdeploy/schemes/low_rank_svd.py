@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sepdeploy.errors import ContractError
+
 __all__ = ["factor_matrices"]
 
 _LEAST_ENERGY = 1e-4
 """Share of the mean input energy below which a direction's outputs stay smaller than the others'."""
 
-_DAMPING = 1e-6  # of the mean eigenvalue: keeps the whitening finite for dead or constant inputs
+_DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3)
+"""Shares of the largest eigenvalue, of which the first that is enough is added to all."""
 
 
 def factor_matrices(
@@ -18,7 +21,7 @@ def factor_matrices(
 ) -> tuple[Tensor, Tensor]:
     """The best rank-`rank` factors of each matrix, on inputs with the given second moments.
 
-    Minimizes E |x^T M - x^T left right|^2 over x with E[x x^T] = S: the truncated SVD of S^(1/2) M, mapped back
+    Minimizes E |x^T M - x^T left right|^2 over x with E[x x^T] = S = R^T R: the truncated SVD of R M, mapped back
     (Eckart-Young in the norm that S induces). With no moments S is the identity and the norm is Frobenius'.
 
     Args:
@@ -40,11 +43,11 @@ def factor_matrices(
         scale = right.norm(dim=2).clamp_min(torch.finfo(work.dtype).tiny).sqrt()
         left, right = left * scale[:, None, :], right / scale[:, :, None]
     else:
-        root, inverse_root = _square_roots(moments.double())
+        root = _roots(moments.double())
         if moments_of is not None:
-            root, inverse_root = root[moments_of], inverse_root[moments_of]
+            root = root[moments_of]
         left, right = _top_components(root @ work, rank)
-        left = inverse_root @ left
+        left = torch.linalg.solve_triangular(root, left, upper=True)
         # Even outputs, but no amplifying of directions that the inputs hardly have: that would be rounding noise.
         energy = (1 + _LEAST_ENERGY * left.square().sum(1)).sqrt()
         left, right = left / energy[:, None, :], right * energy[:, :, None]
@@ -67,16 +70,22 @@ def _top_components(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return scaled / size[:, None], right * size[:, :, None]
 
 
-def _square_roots(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and its inverse of each damped moment matrix, (B, n, n) each.
+def _roots(moments: Tensor) -> Tensor:
+    """Upper triangular R with R^T R the damped moments, (B, n, n).
 
-    All matrices are divided by one number, the mean diagonal of the whole batch: their relative sizes stay.
+    All matrices are divided by one number, the mean diagonal of the whole batch: their relative sizes stay. Damping
+    keeps R well-conditioned for dead or constant inputs, and above the rounding of sums in float32.
+
+    Raises:
+        ContractError: if the moments are not even nearly positive semi-definite.
     """
-    size = moments.shape[-1]
-    mean = moments.diagonal(dim1=-2, dim2=-1).mean().clamp_min(torch.finfo(moments.dtype).tiny)
-    eye = torch.eye(size, dtype=moments.dtype)
-    values, vectors = torch.linalg.eigh(moments / mean + _DAMPING * eye)
-    values = values.clamp_min(_DAMPING)
-    root = vectors * values.sqrt()[:, None, :] @ vectors.mT
-    inverse = vectors * values.rsqrt()[:, None, :] @ vectors.mT
-    return root, inverse
+    scaled = moments / moments.diagonal(dim1=-2, dim2=-1).mean().clamp_min(torch.finfo(moments.dtype).tiny)
+    size = 1 + torch.linalg.matrix_norm(scaled, float("inf"))  # at least the largest eigenvalue
+    for damping in _DAMPINGS:
+        damped = scaled.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping * size[:, None])
+        upper: Tensor
+        upper, failures = torch.linalg.cholesky_ex(damped, upper=True)
+        if not bool(failures.any()):
+            return upper
+    raise ContractError("second moments must be positive semi-definite")

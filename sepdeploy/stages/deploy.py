@@ -40,6 +40,7 @@ __all__ = [
     "deploy",
     "fold_network",
     "measure_latency",
+    "measure_network",
     "measure_quality",
     "versions",
     "wanted_lowerings",
@@ -280,6 +281,26 @@ def measure_quality(
     }
     store.run(f"quality {name}", key, (path,), make)
     return replace(result, quality=read_json(Quality, path))
+
+
+def measure_network(
+    store: StageStore, network: nn.Module, inputs: Inputs, evaluator: Evaluator, progress: Progress
+) -> Quality:
+    """Run the bundle's PyTorch network on all validation images; work/quality/network.json."""
+    path = store.work / "quality" / "network.json"
+
+    def make() -> None:
+        progress.stage("running the converted network on the validation images")
+        write_json(path, evaluator.quality(network)[0])
+
+    key = {
+        **inputs.network_key(),
+        "weights": sha256_of_file(store.folder / "model.pt"),
+        "plan": sha256_of_file(store.folder / "plan.json"),
+        "images": inputs.validation.sha256,
+    }
+    store.run("quality network", key, (path,), make)
+    return read_json(Quality, path)
 
 
 def measure_latency(results: list[ArtifactResult], options: ConvertOptions, progress: Progress) -> list[ArtifactResult]:

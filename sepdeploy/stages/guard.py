@@ -30,22 +30,27 @@ from sepdeploy.stages.load import Inputs
 if TYPE_CHECKING:
     from sepdeploy.transfer.layer import TransferMethod
 
-__all__ = ["GuardRecord", "propose", "run_guard", "trace"]
+__all__ = ["TRANSFERRED", "GuardRecord", "guard_files", "propose", "run_guard", "trace", "trace_key"]
+
+TRANSFERRED = "transferred"
+"""The network that the guard leaves in work/, before anything is recovered."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuardRecord:
-    """What the guard leaves on disk besides plan.json and model.pt.
+    """What the guard leaves on disk besides plan.json and work/transferred.pt.
 
     Attributes:
         transfers: Quality of each replaced layer.
         steps: Every set that was measured.
-        quality: Of the converted PyTorch network.
+        quality: Of the converted PyTorch network, before recovery.
+        limit_points: What it was allowed to lose; None if there was no limit.
     """
 
     transfers: tuple[LayerTransfer, ...]
     steps: tuple[GuardStep, ...]
     quality: Quality
+    limit_points: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +103,13 @@ def trace(store: StageStore, options: ConvertOptions, inputs: Inputs) -> Trace:
         traced = trace_network(inputs.network, inputs.example(), includes_linear=options.includes_linear)
         write_json(path, traced)
 
-    key = {**inputs.network_key(), "includes_linear": options.includes_linear}
-    store.run("trace", key, (path,), make)
+    store.run("trace", trace_key(options, inputs), (path,), make)
     return read_json(Trace, path)
+
+
+def trace_key(options: ConvertOptions, inputs: Inputs) -> dict[str, object]:
+    """What the trace depends on: the network and everything that runs it."""
+    return {**inputs.network_key(), "includes_linear": options.includes_linear}
 
 
 def propose(store: StageStore, options: ConvertOptions, inputs: Inputs, traced: Trace) -> Plan:
@@ -121,6 +130,11 @@ def propose(store: StageStore, options: ConvertOptions, inputs: Inputs, traced: 
     return read_json(Plan, path)
 
 
+def guard_files(folder: Path) -> tuple[Path, Path, Path]:
+    """The plan, the weights and the record that the guard leaves in the bundle `folder`."""
+    return folder / "plan.json", folder / "work" / f"{TRANSFERRED}.pt", folder / "work" / "guard.json"
+
+
 def run_guard(
     store: StageStore,
     options: ConvertOptions,
@@ -132,8 +146,8 @@ def run_guard(
     limit_points: float | None,
     progress: Progress,
 ) -> tuple[Plan, nn.Module, GuardRecord]:
-    """Replace as much as the limit allows; plan.json, model.pt and work/guard.json."""
-    files = (store.folder / "plan.json", store.folder / "model.pt", store.work / "guard.json")
+    """Replace as much as the limit allows; plan.json, work/transferred.pt and work/guard.json."""
+    files = guard_files(store.folder)
     plan_path, weights_path, record_path = files
     basis: dict[str, object] = {
         **inputs.network_key(),
@@ -159,7 +173,7 @@ def run_guard(
         store.before_change()
         save_weights(weights_path, guarded.network)
         write_json(plan_path, guarded.plan)
-        write_json(record_path, GuardRecord(guarded.transfers, guarded.steps, guarded.quality))
+        write_json(record_path, GuardRecord(guarded.transfers, guarded.steps, guarded.quality, limit_points))
 
     store.run("guard", {**basis, "limit": limit_points}, files, make)
     plan = read_json(Plan, plan_path)

@@ -36,6 +36,7 @@ class Inputs:
         model_sha256: Hash of the checkpoint.
         calibration: Images for transfer and int8 ranges.
         validation: Images that quality is measured on; none of them is in `calibration` unless the user says so.
+        train: Images to fine-tune on; None for no fine-tuning.
         notes: What the user should know.
     """
 
@@ -44,6 +45,7 @@ class Inputs:
     model_sha256: str
     calibration: ImageSet
     validation: ImageSet
+    train: ImageSet | None
     notes: tuple[str, ...]
 
     def network_key(self) -> dict[str, object]:
@@ -52,7 +54,7 @@ class Inputs:
             "version": __version__,
             "torch": torch.__version__,
             "model": self.model_sha256,
-            "arch": self.architecture.spec,
+            "arch": self.architecture.spec.rpartition(".py:")[2],  # the file is known by its hash, wherever it lies
             "code": self.architecture.sha256,
             "shape": list(self.calibration.input_shape),
             "layout": self.calibration.preprocess.layout,
@@ -97,10 +99,15 @@ def load_inputs(options: ConvertOptions, progress: Progress) -> Inputs:
             seed=options.seed,
             progress=progress.step,
         )
+    train = _open_train(options, calibration, progress)
     is_same_path = options.validation == options.calibration and not options.calibration.endswith(".toml")
     if options.validation is not None and (is_same_path or calibration.sha256 == validation.sha256):
         notes.append("--validation holds the calibration images too: every quality here is better than it really is")
-    for images in (calibration, validation):
+    if train is not None and validation.sha256 == train.sha256:
+        notes.append(
+            "--train holds the validation images: every quality after the training is better than it really is"
+        )
+    for images in (calibration, validation, *(() if train is None else (train,))):
         if images.skipped:
             names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
             notes.append(f"{len(images.skipped)} files in {images.path} cannot be read as images: {names}")
@@ -110,7 +117,23 @@ def load_inputs(options: ConvertOptions, progress: Progress) -> Inputs:
         model_sha256=loaded.weights.sha256,
         calibration=calibration,
         validation=validation,
+        train=train,
         notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _open_train(options: ConvertOptions, calibration: ImageSet, progress: Progress) -> ImageSet | None:
+    """All images of --train, of a manifest those of its calibration split, as the network takes them."""
+    if options.train is None:
+        return None
+    progress.stage("reading the training images")
+    return open_images(
+        options.train,
+        role="calibration",
+        preprocess=calibration.preprocess,
+        input_shape=calibration.input_shape,
+        seed=options.seed,
+        progress=progress.step,
     )
 
 

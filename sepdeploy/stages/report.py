@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -13,25 +13,43 @@ from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.codec import write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_file, write_text
-from sepdeploy.core.manifest import FileEntry, Manifest
+from sepdeploy.core.manifest import FileEntry, Manifest, RunRecord
 from sepdeploy.core.measurement import Quality
 from sepdeploy.core.memory import MemoryProfile
 from sepdeploy.core.options import TARGETS, ConvertOptions
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.receptive_field import receptive_field
 from sepdeploy.core.report import ArtifactResult, Check, NetworkCost, Report
+from sepdeploy.core.training import RecoveryStep
 from sepdeploy.errors import ContractError
 from sepdeploy.passes.lower_chains import try_lowerings
 from sepdeploy.quantize.saturation import saturates_u8s8
+from sepdeploy.render.format_numbers import plural
 from sepdeploy.render.html import render_html
 from sepdeploy.stages.deploy import versions
 from sepdeploy.stages.guard import GuardRecord
 from sepdeploy.stages.load import Inputs, summarize_images
+from sepdeploy.stages.reopen import RECORD
 from sepdeploy.version import __version__
 
-__all__ = ["make_report", "target_result", "write_bundle"]
+__all__ = ["Qualities", "make_report", "target_result", "write_bundle"]
 
 _CHANCE_FACTOR = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Qualities:
+    """Of PyTorch networks on all validation images.
+
+    Attributes:
+        original: Of the trained network.
+        transferred: Of the converted network before recovery.
+        converted: Of the one that is exported.
+    """
+
+    original: Quality
+    transferred: Quality
+    converted: Quality
 
 
 def target_result(results: Sequence[ArtifactResult], options: ConvertOptions, role: Role) -> ArtifactResult:
@@ -50,7 +68,8 @@ def make_report(
     plan: Plan,
     network: nn.Module,
     guard: GuardRecord,
-    original_quality: Quality,
+    recovery: Sequence[RecoveryStep],
+    qualities: Qualities,
     results: Sequence[ArtifactResult],
 ) -> Report:
     """Put everything that was measured together, with paths relative to the bundle."""
@@ -73,6 +92,7 @@ def make_report(
         target=options.target,
         precision=options.precision,
         max_drop_points=options.max_drop_points,
+        guard_limit_points=guard.limit_points,
         input_shape=traced.input_shape,
         calibration=summarize_images(inputs.calibration),
         validation=summarize_images(inputs.validation),
@@ -83,13 +103,16 @@ def make_report(
         plan=plan,
         transfer=guard.transfers,
         guard=guard.steps,
-        original_quality=original_quality,
-        converted_quality=guard.quality,
+        recovery=tuple(recovery),
+        original_quality=qualities.original,
+        transferred_quality=qualities.transferred,
+        converted_quality=qualities.converted,
         artifacts=in_bundle,
-        checks=_checks(options, plan, in_bundle, guard),
+        checks=_checks(options, plan, in_bundle, qualities.converted),
         notes=(
             *inputs.notes,
-            *_quality_notes(inputs, traced, original_quality),
+            *_quality_notes(inputs, traced, qualities.original),
+            *_recovery_notes(inputs, recovery),
             *_field_notes(traced, plan),
             *_memory_notes(options, plan, memory_before, memory_after),
             *_lowering_notes(options, network),
@@ -98,12 +121,20 @@ def make_report(
     )
 
 
-def write_bundle(options: ConvertOptions, inputs: Inputs, report: Report) -> None:
-    """Write report.json, report.html and, last, manifest.json."""
+def write_bundle(options: ConvertOptions, inputs: Inputs, report: Report, record: RunRecord) -> None:
+    """Write options.json, report.json, report.html and, last, manifest.json."""
     folder = options.output_folder
+    write_json(folder / RECORD, record)
     write_json(folder / "report.json", report)
     write_text(folder / "report.html", render_html(report))
-    names = ["plan.json", "model.pt", *(r.artifact.path for r in report.artifacts), "report.json", "report.html"]
+    names = [
+        "plan.json",
+        "model.pt",
+        *(r.artifact.path for r in report.artifacts),
+        RECORD,
+        "report.json",
+        "report.html",
+    ]
     manifest = Manifest(
         version=__version__,
         command=options.command or repr(options),
@@ -119,7 +150,7 @@ def write_bundle(options: ConvertOptions, inputs: Inputs, report: Report) -> Non
 
 
 def _checks(
-    options: ConvertOptions, plan: Plan, results: Sequence[ArtifactResult], guard: GuardRecord
+    options: ConvertOptions, plan: Plan, results: Sequence[ArtifactResult], network: Quality
 ) -> tuple[Check, ...]:
     converted = target_result(results, options, Role.CONVERTED)
     checks = []
@@ -129,9 +160,9 @@ def _checks(
             f"{quality.drop_points:.2f} points of {quality.drop_basis} lost by the {options.target} "
             f"{options.precision.value} file on {quality.images} images, the limit is {limit:g}"
         )
-        if quality.drop_points > limit and guard.quality.drop_points <= limit:
+        if quality.drop_points > limit and network.drop_points <= limit:
             sentence += (
-                f"; the float network loses {guard.quality.drop_points:.2f}, so the {options.precision.value} "
+                f"; the float network loses {network.drop_points:.2f}, so the {options.precision.value} "
                 "file costs the rest: raise --max-drop, or use --precision float32"
             )
         checks.append(Check("accuracy", quality.drop_points <= limit, sentence))
@@ -172,6 +203,22 @@ def _quality_notes(inputs: Inputs, traced: Trace, quality: Quality) -> tuple[str
         f"the original network gets only {100 * quality.accuracy_ratio:.1f}% of the validation images right, about "
         f"chance for {classes} classes: check the preprocessing and the order of the classes before trusting any "
         "accuracy here",
+    )
+
+
+def _recovery_notes(inputs: Inputs, recovery: Sequence[RecoveryStep]) -> tuple[str, ...]:
+    """What limits the trust in the steps after the transfer."""
+    notes: tuple[str, ...] = ()
+    if recovery and len(inputs.calibration) == recovery[0].images:
+        notes += (
+            f"only {plural(recovery[0].images, 'calibration image')}: too few to hold some out, so the steps after the "
+            "transfer were judged by the images that they were computed on",
+        )
+    worse = [step for step in recovery if step.is_kept and step.damage_after > step.damage_before]
+    return notes + tuple(
+        f"after the step '{step.name}' the outputs are further from the original's than before it "
+        f"({step.damage_before:.3g} to {step.damage_after:.3g} on {plural(step.images, 'held-out image')})"
+        for step in worse
     )
 
 
@@ -233,7 +280,7 @@ def _file_notes(options: ConvertOptions, results: Sequence[ArtifactResult]) -> t
         f"{r.artifact.path} loses {r.quality.drop_points:.2f} points on {r.quality.images} images, above the limit "
         f"of {limit:g}"
         for r in converted
-        # Float files compute what the network does, which the guard measured on all images.
+        # Float files compute what the network does, which was measured on all images.
         if r.artifact.precision is Precision.INT8
         if limit is not None and r.quality is not None and r.quality.drop_points > limit
     )

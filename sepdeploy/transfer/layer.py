@@ -3,13 +3,17 @@
 Anchored transfer goes layer by layer, on the inputs that the converted network really gives each layer: closed-form
 factors of the kernel, whitened by the second moments of those inputs; then a ridge least-squares solve of the last
 factors (of all terms together) and the bias against the ORIGINAL network's output at that place; then a descent on all
-factors (`refine.py`). The errors of the layers before are thus corrected as far as the layer can, not passed on.
+factors (`refine.py`). Where a nonlinearity or a shortcut follows, both are repeated against the original network's
+output behind it (`anchor.py`) until held-out images stop gaining. The errors of the layers before are thus corrected as
+far as the layer can, not passed on.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,6 +26,7 @@ from sepdeploy.errors import ContractError, UnsupportedModelError
 from sepdeploy.schemes.kernels import compose_kernels, join_groups, kernel_error, split_groups
 from sepdeploy.schemes.module import ChainConv2d, chain_class, layer_kernel
 from sepdeploy.schemes.scheme import Scheme, find_scheme
+from sepdeploy.transfer.anchor import Anchor, find_anchor, run_to_anchor
 from sepdeploy.transfer.moments import LeastSquaresSums, patch_moments, patches
 from sepdeploy.transfer.prefix import run_until
 from sepdeploy.transfer.refine import MAX_WINDOW_FEATURES, refine_factors
@@ -31,21 +36,31 @@ __all__ = ["Batches", "TransferMethod", "transfer_layer"]
 Batches = Callable[[], Iterable[Tensor]]
 """Starts a new pass over the calibration images: batches as the network takes them, float32."""
 
-TransferMethod = Literal["data-free", "anchored"]
+TransferMethod = Literal["data-free", "whitened", "anchored"]
+"""Closed form of the kernel; the same, whitened by the inputs in the original network; `transfer_layer` in full."""
 
 _MOMENT_IMAGES = 128
 """Images for the whitening: K*K x K*K matrices need far fewer samples than the solve does."""
 
-_MAX_MOMENT_FEATURES = MAX_WINDOW_FEATURES
-"""Widest patch of a first factor that is whitened: eigenvectors of its moments take time with the cube of it. Wider
-ones, as of a low-rank form of 512 channels at 3x3, are factorized data-free and their last factors then fitted."""
+_MAX_MOMENT_FEATURES = 4608
+"""Widest patch of a first factor that is whitened, 512 channels at 3x3: its moments are factorized in seconds. Wider
+ones are factorized data-free and their last factors then fitted."""
 
-_HELD_OUT_RATIO = 0.25
-"""Share of each batch on which the ridge is chosen; the final solve uses all."""
+_HELD_OUT_EVERY = 4
+"""One image of so many is held out to choose the ridge by; the final solve uses all."""
 
 _ENOUGH_POSITIONS = 2**17
 _ENOUGH_IMAGES = 128
 """A solve stops reading images once it has this many of both: early layers have thousands of positions per image."""
+
+_ANCHOR_ROUNDS = 2
+"""Solves against the output behind a nonlinearity; each needs a pass over the images, and the second gains little."""
+
+_MIN_GAIN = 0.01
+"""Share of the held-out error behind the nonlinearity that a further solve must take off."""
+
+_ANCHOR_IMAGES = 8
+"""Images on which the place for that is found."""
 
 _SAME_KERNEL = 1e-6
 """Relative change of a kernel below which two factorizations compute the same."""
@@ -87,14 +102,32 @@ def transfer_layer(
     module = chain_class(conv)(candidate.form, site.spec, bias=has_bias, dtype=weight.dtype).eval()
     module.set_weights(data_free, bias)
     if method == "data-free":
-        return module, LayerTransfer(site.name, error, None, "data-free")
+        return module, LayerTransfer(site.name, error, None, method)
+    if method == "whitened":
+        moments = _input_moments(module, original, site, batches)
+        if moments is not None:
+            module.set_weights(scheme.factorize(weight, candidate.form, moments), bias)
+        return module, LayerTransfer(site.name, error, None, method)
 
+    anchor = _anchor_of(original, site, batches)
+    slopes = weight.new_ones(len(weight)).double() if anchor is None else anchor.slopes
+    # In units of the anchor, so that each channel counts as much as it does there.
+    scaled = (weight.double() * slopes[:, None, None, None]).to(weight.dtype)
     moments = _input_moments(module, converted, site, batches)
-    if moments is not None:
-        module.set_weights(scheme.factorize(weight, candidate.form, moments), bias)
-    output_error = _solve(module, original, converted, site, batches)
+    factors = data_free if moments is None and anchor is None else scheme.factorize(scaled, candidate.form, moments)
+    module.set_weights(factors, None if bias is None else bias * slopes)
+    output_error = _fit(module, original, converted, site, anchor, batches)
+    module.scale_outputs(1 / slopes, torch.zeros_like(slopes))
     _factorize_anew(module, scheme, moments)
-    return module, LayerTransfer(site.name, error, output_error, "anchored")
+    return module, LayerTransfer(site.name, error, output_error, method)
+
+
+def _anchor_of(original: nn.Module, site: ConvSite, batches: Batches) -> Anchor | None:
+    """Where the layer is held against the original network; None for its own output."""
+    if len(site.calls) != 1:
+        return None
+    batch = next(iter(batches()), None)
+    return None if batch is None else find_anchor(original, site.name, batch[:_ANCHOR_IMAGES])
 
 
 def _factorize_anew(module: ChainConv2d, scheme: Scheme, moments: Tensor | None) -> None:
@@ -137,47 +170,175 @@ def _input_moments(module: ChainConv2d, converted: nn.Module, site: ConvSite, ba
     return total
 
 
-def _solve(module: ChainConv2d, original: nn.Module, converted: nn.Module, site: ConvSite, batches: Batches) -> float:
-    """Fit the weights in place to the original outputs, in one pass; returns the relative error of the outputs."""
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What one pass over the calibration images gives.
+
+    Attributes:
+        fit: For the last factors, on three quarters of the images.
+        held_out: The same on the rest.
+        window_fit: For all factors, over window patches; empty if those are too wide.
+        window_held_out: The same on the rest.
+        error: Relative error behind the nonlinearity of what the layer returned during the pass; 0 without an anchor.
+        held_out_error: The same on the held-out rest, or on all where there is none.
+    """
+
+    fit: LeastSquaresSums
+    held_out: LeastSquaresSums
+    window_fit: LeastSquaresSums
+    window_held_out: LeastSquaresSums
+    error: float
+    held_out_error: float
+
+
+def _fit(
+    module: ChainConv2d,
+    original: nn.Module,
+    converted: nn.Module,
+    site: ConvSite,
+    anchor: Anchor | None,
+    batches: Batches,
+) -> float:
+    """Fit the weights in place, in units of the anchor; returns the relative error of the outputs there."""
+    output_error = _solve(module, site, _read(module, original, converted, site, anchor, batches, is_first=True))
+    if anchor is None or anchor.is_affine:
+        return output_error  # the solve has minimized just that
+    best: tuple[_Reading, dict[str, Tensor]] | None = None
+    for solves in range(1, _ANCHOR_ROUNDS + 1):
+        reading = _read(module, original, converted, site, anchor, batches, is_first=False)
+        if best is not None and not reading.held_out_error < best[0].held_out_error:
+            break
+        has_gained = best is None or reading.held_out_error < best[0].held_out_error * (1 - _MIN_GAIN)
+        best = reading, copy.deepcopy(module.state_dict())
+        if solves == _ANCHOR_ROUNDS or not has_gained:
+            break
+        _solve(module, site, reading)
+    if best is None:
+        raise ContractError("an anchored fit reads the images at least twice")
+    module.load_state_dict(best[1])
+    return best[0].error
+
+
+def _read(
+    module: ChainConv2d,
+    original: nn.Module,
+    converted: nn.Module,
+    site: ConvSite,
+    anchor: Anchor | None,
+    batches: Batches,
+    *,
+    is_first: bool,
+) -> _Reading:
+    """One pass over the images, which stops when it has seen enough.
+
+    In the first one the layer in the converted network returns what the original one does, later what `module` does.
+    """
     prior = _last_factors_as_matrix(module)
     groups, features, outputs = prior.shape
     out_groups = module.form.terms[0].factors[-1].out_groups
     fit, held_out = (LeastSquaresSums(groups, features - 1, outputs) for _ in range(2))
     window = module.spec.as_factor()
-    window_features = window.params // window.out_channels
-    is_narrow = window_features <= MAX_WINDOW_FEATURES
+    features = window.params // window.out_channels
+    is_narrow = features <= MAX_WINDOW_FEATURES
     window_fit, window_held_out = (
-        LeastSquaresSums(window.groups, window_features if is_narrow else 0, window.out_channels // window.groups)
+        LeastSquaresSums(window.groups, features if is_narrow else 0, window.out_channels // window.groups)
         for _ in range(2)
     )
+    errors = _AnchorErrors()
     images = 0
     for batch in batches():
         if images >= _ENOUGH_IMAGES and fit.positions + held_out.positions >= _ENOUGH_POSITIONS:
             break
+        is_held_out = _held_out(images, len(batch))
         images += len(batch)
-        calls = len(site.calls)
-        inputs = run_until(converted, site.name, batch, calls=calls, needs_outputs=False).inputs
-        targets = run_until(original, site.name, batch, calls=calls, needs_outputs=True).outputs
-        for x, y in zip(inputs, targets, strict=True):
+        for x, y in _pairs(module, original, converted, site, anchor, batch, is_held_out, errors, is_first=is_first):
             # Under autocast the network may hand on half precision.
             x = x.to(module.factor_weights()[0][-1].dtype)
-            split = len(x) - int(len(x) * _HELD_OUT_RATIO)
-            for sums, window_sums, part in (
-                (fit, window_fit, slice(None, split)),
-                (held_out, window_held_out, slice(split, None)),
-            ):
+            rows = _rows(is_held_out, x)
+            for sums, window_sums, part in ((fit, window_fit, ~rows), (held_out, window_held_out, rows)):
                 if len(x[part]):
                     sums.add(_last_factor_columns(module, x[part]), _grouped_outputs(y[part], out_groups))
                 if is_narrow and len(x[part]):
                     columns = patches(module.pad(x[part]), window)
                     window_sums.add(columns, _grouped_outputs(y[part], window.out_groups))
-    total = fit + held_out
+    return _Reading(fit, held_out, window_fit, window_held_out, errors.ratio(), errors.held_out_ratio())
+
+
+def _held_out(first: int, count: int) -> Tensor:
+    """Which images of a batch, whose first one has the number `first` among all, are held out; (count,)."""
+    return torch.arange(first, first + count) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+
+
+def _rows(is_held_out: Tensor, x: Tensor) -> Tensor:
+    """The same for the rows of `x`: linear layers have several positions per image."""
+    repeats, rest = divmod(len(x), len(is_held_out))
+    return _held_out(0, len(x)) if rest else is_held_out.repeat_interleave(repeats)
+
+
+class _AnchorErrors:
+    """Squared errors at the anchor, added up over batches."""
+
+    def __init__(self) -> None:
+        self._squares = [0.0, 0.0]
+        self._energies = [0.0, 0.0]
+
+    def add(self, wanted: Tensor, result: Tensor, is_held_out: Tensor) -> None:
+        """Add a batch, (N, C, H, W) each, and which of its images are held out."""
+        rows = _rows(is_held_out, wanted)
+        for index, part in enumerate((~rows, rows)):
+            self._squares[index] += float((wanted[part] - result[part]).double().square().sum())
+            self._energies[index] += float(wanted[part].double().square().sum())
+
+    def ratio(self) -> float:
+        """|error| / |wanted| over everything."""
+        return math.sqrt(sum(self._squares) / max(sum(self._energies), 1e-30))
+
+    def held_out_ratio(self) -> float:
+        """The same over what is held out; over everything if nothing is."""
+        if not self._energies[1]:
+            return self.ratio()
+        return math.sqrt(self._squares[1] / self._energies[1])
+
+
+def _pairs(
+    module: ChainConv2d,
+    original: nn.Module,
+    converted: nn.Module,
+    site: ConvSite,
+    anchor: Anchor | None,
+    batch: Tensor,
+    is_held_out: Tensor,
+    errors: _AnchorErrors,
+    *,
+    is_first: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """Inputs of the layer in the converted network, and what it should return for them in units of the anchor."""
+    calls = len(site.calls)
+    if anchor is None:
+        inputs = run_until(converted, site.name, batch, calls=calls, needs_outputs=False).inputs
+        targets = run_until(original, site.name, batch, calls=calls, needs_outputs=True).outputs
+        return list(zip(inputs, targets, strict=True))
+    dtype = module.factor_weights()[0][-1].dtype
+    slopes, gains = (values[:, None, None].to(dtype) for values in (anchor.slopes, anchor.gains))
+    wanted = run_to_anchor(original, site.name, batch, anchor)
+
+    def present(x: Tensor) -> Tensor:
+        return wanted.output if is_first else ChainConv2d.forward(module, x.to(dtype)) / slopes
+
+    found = run_to_anchor(converted, site.name, batch, anchor, present)
+    errors.add(wanted.result, found.result, is_held_out)
+    return [(found.input, found.output.to(dtype) * slopes + gains * (wanted.result - found.result).to(dtype))]
+
+
+def _solve(module: ChainConv2d, site: ConvSite, reading: _Reading) -> float:
+    """Solve for the last factors, then refine all, in place; returns the relative error of the outputs."""
+    total = reading.fit + reading.held_out
     if not math.isfinite(total.target_energy) or not bool(torch.isfinite(total.gram).all()):
         raise UnsupportedModelError(_not_finite(site))
-    solution = _best_solution(fit, held_out, total, prior)
+    solution = _best_solution(reading.fit, reading.held_out, total, _last_factors_as_matrix(module))
     _set_last_factors(module, solution)
-    if is_narrow:
-        return refine_factors(module, window_fit, window_held_out)
+    if reading.window_fit.positions:
+        return refine_factors(module, reading.window_fit, reading.window_held_out)
     energy = max(total.target_energy, 1e-30)
     return float((total.squared_error(solution) / energy) ** 0.5)
 

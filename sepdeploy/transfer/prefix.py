@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from sepdeploy.core.quiet import error_summary
 from sepdeploy.errors import UnsupportedModelError
 
-__all__ = ["Seen", "run_until"]
+__all__ = ["Seen", "as_images", "run_until", "stopping_at"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,43 +51,74 @@ def run_until(model: nn.Module, name: str, batch: Tensor, *, calls: int, needs_o
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
-    # Copies: networks often go on in place on what a convolution reads or returns (relu_, +=).
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(_as_images(module, args[0] if args else kwargs["input"]).clone())
-        if not needs_outputs and len(inputs) == calls:
-            raise _Stop
-
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        outputs.append(_as_images(module, output).clone())
-        if len(outputs) == calls:
-            raise _Stop
-
     module = model.get_submodule(name)
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
-    if needs_outputs:
-        handles.append(module.register_forward_hook(after))
+
+    def unreached() -> str:
+        return (
+            f"the network called {name} {len(inputs)} times in one forward pass, but {calls} times when it was traced"
+        )
+
+    with stopping_at(batch, unreached) as stop:
+        # Copies: networks often go on in place on what a convolution reads or returns (relu_, +=).
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.append(as_images(module, args[0] if args else kwargs["input"]).clone())
+            if not needs_outputs and len(inputs) == calls:
+                stop()
+
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            outputs.append(as_images(module, output).clone())
+            if len(outputs) == calls:
+                stop()
+
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
+        if needs_outputs:
+            handles.append(module.register_forward_hook(after))
+        try:
+            model(batch.clone())
+        finally:
+            for handle in handles:
+                handle.remove()
+    return Seen(tuple(inputs[:calls]), tuple(outputs[:calls]))
+
+
+@contextmanager
+def stopping_at(batch: Tensor, unreached: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Run a network in this context; what is yielded ends its forward pass when a hook calls it.
+
+    Args:
+        batch: Input of the network, for the message when it fails.
+        unreached: Says what the forward pass lacked if it ends by itself.
+
+    Raises:
+        UnsupportedModelError: if the network fails, or its forward pass ends by itself.
+    """
+    is_stopped = False
+
+    def stop() -> None:
+        nonlocal is_stopped
+        is_stopped = True
+        raise _Stop
+
     try:
-        model(batch.clone())
+        yield stop
     except _Stop:
-        pass
+        return
     except Exception as error:
         raise UnsupportedModelError(
             f"the network does not run on a batch of shape {tuple(batch.shape)}: {error_summary(error)}; its forward "
             "pass must work for any number of images"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(inputs) < calls or (needs_outputs and len(outputs) < calls):
-        raise UnsupportedModelError(
-            f"the network called {name} {len(inputs)} times in one forward pass, but {calls} times when it was traced; "
-            "its forward pass must not depend on the values of the image"
-        )
-    return Seen(tuple(inputs[:calls]), tuple(outputs[:calls]))
+    if not is_stopped:  # networks that swallow everything go on to their end
+        raise UnsupportedModelError(f"{unreached()}; its forward pass must not depend on the values of the image")
 
 
-def _as_images(module: nn.Module, x: Tensor) -> Tensor:
-    """(C, H, W) as (1, C, H, W), vectors (..., C) of a linear layer as (N, C, 1, 1); a batch as it is."""
+def as_images(module: nn.Module, x: Tensor) -> Tensor:
+    """(C, H, W) as (1, C, H, W), vectors (..., C) of a linear layer as (N, C, 1, 1); a batch as it is.
+
+    Args:
+        module: The layer whose input or output `x` is.
+        x: The tensor.
+    """
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1], 1, 1)
     return x if x.dim() == 4 else x[None]

@@ -8,6 +8,8 @@ refines what the closed form and the last factors' exact solve began; it stops w
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,15 +41,17 @@ def refine_factors(module: ChainConv2d, fit: LeastSquaresSums, held_out: LeastSq
     """
     start = _parameters_of(module)
     total = fit + held_out
+    error = _error(start, module, total)
     parameters = _descend_while_useful(start, module, fit, held_out) if held_out.positions else start
     if parameters is not start or not held_out.positions:
         # A last round on all positions takes what the held-out ones add.
         refined = _descend(parameters, module, total)
-        if _error(refined, module, total) < _error(start, module, total):
-            parameters = refined
-    factors, bias = _split(parameters, module.form)
-    module.set_weights(factors, bias)
-    return float(_error(parameters, module, total) ** 0.5)
+        refined_error = _error(refined, module, total)
+        if refined_error < error:
+            error = refined_error
+            factors, bias = _split(refined, module.form)
+            module.set_weights(factors, bias)
+    return math.sqrt(error)
 
 
 def _descend_while_useful(
@@ -79,7 +83,9 @@ def _descend(start: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums) -
     def closure() -> Tensor:
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss = _loss(parameters, module, sums)
+            solution = _solution(parameters, module)
+            quadratic = (solution * (sums.gram @ solution)).sum() - 2 * (solution * sums.cross).sum()
+            loss = quadratic / _energy(sums)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -87,20 +93,22 @@ def _descend(start: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums) -
     return [value.detach() for value in parameters]
 
 
-def _loss(parameters: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums) -> Tensor:
-    """Squared error relative to the energy of the targets."""
+def _solution(parameters: list[Tensor], module: ChainConv2d) -> Tensor:
+    """The equivalent kernel and the bias as `LeastSquaresSums` have them, (G, n + 1, O / G)."""
     factors, bias = _split(parameters, module.form)
-    groups = sums.gram.shape[0]
-    kernel = compose_kernels(factors, module.form, groups)
-    columns = kernel.reshape(groups, module.out_channels // groups, -1)
-    extended = torch.cat([columns, bias.reshape(groups, -1, 1)], dim=2).mT
-    quadratic = (extended * (sums.gram @ extended)).sum() - 2 * (extended * sums.cross).sum()
-    return (quadratic + sums.target_energy) / max(sums.target_energy, 1e-30)
+    kernel = compose_kernels(factors, module.form, module.groups)
+    columns = kernel.reshape(module.groups, module.out_channels // module.groups, -1)
+    return torch.cat([columns, bias.reshape(module.groups, -1, 1)], dim=2).mT
 
 
 @torch.no_grad()
 def _error(parameters: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums) -> float:
-    return max(float(_loss(parameters, module, sums)), 0.0)
+    """Squared error relative to the energy of the targets."""
+    return sums.squared_error(_solution(parameters, module)) / _energy(sums)
+
+
+def _energy(sums: LeastSquaresSums) -> float:
+    return max(sums.target_energy, torch.finfo(torch.float64).tiny)
 
 
 def _parameters_of(module: ChainConv2d) -> list[Tensor]:

@@ -8,10 +8,12 @@ import pytest
 
 import sepdeploy
 from sepdeploy.cli import convert, design
+from sepdeploy.cli import finetune as finetune_command
 from sepdeploy.cli import inspect as inspect_command
 from sepdeploy.core.design import FROM_SCRATCH, DesignOptions
-from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.options import ConvertOptions, MovedInputs
 from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.core.training import TrainOptions
 from sepdeploy.schemes.scheme import SCHEMES
 
 SCHEME_FIELDS = [field.name for field in dataclasses.fields(SchemeOptions)]
@@ -19,7 +21,8 @@ SCHEME_FIELDS = [field.name for field in dataclasses.fields(SchemeOptions)]
 
 def test_all_names():
     assert sepdeploy.__all__ == [
-        "ConvertOptions", "DesignOptions", "SeparableConv2d", "__version__", "convert", "design", "load",
+        "ConvertOptions", "DesignOptions", "FinetuneContext", "MovedInputs", "ReconstructOptions", "SeparableConv2d",
+        "TrainOptions", "__version__", "adopt", "convert", "design", "finetune", "load",
     ]  # fmt: skip
     for name in sepdeploy.__all__:
         assert getattr(sepdeploy, name) is not None
@@ -33,7 +36,10 @@ def test_unknown_names_are_attribute_errors():
 
 
 def test_signatures():
-    assert list(inspect.signature(sepdeploy.convert).parameters) == ["options", "progress"]
+    assert list(inspect.signature(sepdeploy.convert).parameters) == ["options", "progress", "finetune"]
+    finetune = ["bundle", "train", "training", "finetune", "moved", "command", "progress"]
+    assert list(inspect.signature(sepdeploy.finetune).parameters) == finetune
+    assert list(inspect.signature(sepdeploy.adopt).parameters) == ["bundle", "model", "moved", "progress"]
     assert list(inspect.signature(sepdeploy.design).parameters) == ["options", "progress"]
     assert list(inspect.signature(sepdeploy.load).parameters) == ["bundle", "arch"]
     required = [
@@ -58,10 +64,29 @@ def test_command_line_and_python_have_the_same_options_and_defaults(tmp_path):
     }  # fmt: skip
     for name, value in same.items():
         assert by_name[name].default == value, name
-    python = {f.name for f in dataclasses.fields(ConvertOptions)} - {"bench_seconds", "command", "scheme_options"}
-    renamed = {"max_drop": "max_drop_points"}
+    grouped = {"scheme_options", "training"}
+    python = {f.name for f in dataclasses.fields(ConvertOptions)} - {"bench_seconds", "command", *grouped}
+    renamed = {"max_drop": "max_drop_points", "recoverable": "recoverable_points"}
     options = {renamed.get(name, name) for name in by_name} - {"as_json", *SCHEME_FIELDS}
-    assert options == python
+    assert {name for name in options if not name.startswith("training_")} == python
+
+
+def test_finetune_and_convert_have_the_same_training_and_finetune_can_be_told_of_every_moved_input():
+    names = [[p.name for p in module.command.params] for module in (convert, finetune_command)]
+    of_convert, of_finetune = ([name for name in each if name.startswith("training_")] for each in names)
+    assert of_convert == of_finetune
+    assert {name.removeprefix("training_") for name in of_convert} <= {f.name for f in dataclasses.fields(TrainOptions)}
+    moved = {f.name for f in dataclasses.fields(MovedInputs)}
+    others = {"bundle", "train", "finetune_hook", "seed", "as_json"}
+    assert set(names[1]) == moved | others | set(of_finetune)
+
+
+@pytest.mark.parametrize("module", [convert, finetune_command])
+def test_help_of_training_options_states_the_real_defaults(module):
+    texts = {parameter.name: getattr(parameter, "help", "") for parameter in module.command.params}
+    defaults = TrainOptions()
+    for name in ("epochs", "batch_size", "optimizer", "ema_decay", "precision", "batch_norm"):
+        assert f"default {getattr(defaults, name)})" in texts[f"training_{name}"], name
 
 
 def test_the_design_command_and_python_have_the_same_options_and_defaults():

@@ -23,10 +23,11 @@ from sepdeploy.stages import deploy
 
 ROOT = Path(__file__).parents[2]
 ARTIFACTS = ("model.onnx", "model.int8.onnx", "model.tflite", "model.int8.tflite")
-FILES = ("plan.json", "model.pt", *ARTIFACTS, "report.json", "report.html", "manifest.json")
+FILES = ("plan.json", "model.pt", "options.json", *ARTIFACTS, "report.json", "report.html", "manifest.json")
 OPTIONS = (
     "convert", str(ROOT / "models" / "digits.pt"), "--arch", "models.digits:digits_cnn",
     "--calibration", "calibration/digits.toml", "--validation", "calibration/digits.toml", "--max-drop", "1",
+    "--no-reconstruct",  # takes a minute; tests/e2e/test_finetune_command.py has it on smaller networks
 )  # fmt: skip
 
 
@@ -262,9 +263,10 @@ def test_inspect(capsys):
 def test_the_module_starts_without_torch_and_states_its_version():
     code = (
         "import sys, sepdeploy.cli.main as m\n"
-        "codes = [m.run(a) for a in (['--help'], ['--version'], ['convert', '--help'], ['bench', '--help'])]\n"
+        "commands = ('convert', 'finetune', 'bench')\n"
+        "codes = [m.run(a) for a in (['--help'], ['--version'], *([c, '--help'] for c in commands))]\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'litert_torch', 'pydantic', 'numpy', 'PIL'} & set(sys.modules)\n"
-        "assert codes == [0] * 4 and not heavy, (codes, heavy)"
+        "assert codes == [0] * 5 and not heavy, (codes, heavy)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

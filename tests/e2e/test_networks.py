@@ -145,10 +145,16 @@ def test_a_repeated_run_starts_at_the_limit_that_the_first_ended_with(workplace,
     options = workplace.options(
         "Classifier", calibration=images, validation=images, max_drop_points=60.0, output=tmp_path / "out"
     )
-    drops = iter(range(59, 0, -1))
-    monkeypatch.setattr(pipeline, "_tighter_limit", lambda *_: float(next(drops)))  # as if int8 always lost more
+    limits = iter([59.0, 58.0])
+    monkeypatch.setattr(pipeline, "_file_drop", lambda *_: 61.0)
+    monkeypatch.setattr(
+        pipeline,
+        "next_attempt",
+        lambda attempt, *_: replace(attempt, limit_points=limit) if (limit := next(limits, None)) else None,
+    )
     sepdeploy.convert(options)
-    assert json.loads((tmp_path / "out" / "work" / "limit.json").read_text()) == 58
+    attempt = json.loads((tmp_path / "out" / "work" / "limit.json").read_text())["attempt"]
+    assert (attempt["limit_points"], attempt["is_last"]) == (58, True)
     before = (tmp_path / "out" / "model.pt").stat().st_mtime_ns
     report = sepdeploy.convert(options)
     assert report.plan.replaced

@@ -9,6 +9,7 @@ from sepdeploy.core.measurement import Environment, Latency, Method, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
 from sepdeploy.core.report import ArtifactResult, Check, DataSummary, GuardStep, LayerTransfer, NetworkCost, Report
+from sepdeploy.core.training import RecoveryStep
 
 HOSTILE_NAME = "<script>alert('x')</script>&[red]\x1b[2J\u202e\udcff"
 LONG_NAME = "backbone." + "inverted_residual_block_with_a_long_name." * 4 + "conv"
@@ -116,6 +117,7 @@ def success_report() -> Report:
         target="litert",
         precision=Precision.INT8,
         max_drop_points=1.0,
+        guard_limit_points=4.0,
         input_shape=(1, 3, 32, 32),
         calibration=DataSummary("photos/calibration", 512, True, (), "a" * 64),
         validation=DataSummary("photos/validation", 2000, True, ("broken.jpg",), "b" * 64),
@@ -135,7 +137,13 @@ def success_report() -> Report:
             GuardStep(("layer2.0.conv2", "layer1.0.conv2"), 4, 0.4, 2000, True),
             GuardStep(("layer1.0.conv1",), 5, 3.2, 512, False, True),
         ),
+        recovery=(
+            RecoveryStep("batch norm re-estimation", 0.0712, 0.0934, 128, is_kept=False),
+            RecoveryStep("bias correction", 0.0712, 0.0655, 128, is_kept=True, detail="6 layers"),
+            RecoveryStep("reconstruction", 0.0655, 0.0121, 128, is_kept=True, detail="4 blocks of 100 steps"),
+        ),
         original_quality=quality(0.8855, 0.0, None),
+        transferred_quality=quality(0.8612, 2.43, 14.9, 0.18),
         converted_quality=quality(0.8815, 0.4, 21.4, 0.085),
         artifacts=results(),
         checks=(
@@ -161,6 +169,7 @@ def with_quality(report: Report, **changes: object) -> Report:
     return replace(
         report,
         original_quality=changed(report.original_quality, is_original=True),
+        transferred_quality=changed(report.transferred_quality, is_original=False),
         converted_quality=changed(report.converted_quality, is_original=False),
         artifacts=artifacts,
     )
@@ -170,7 +179,7 @@ def agreement_report() -> Report:
     report = with_quality(
         success_report(), accuracy_ratio=None, agreement_ratio=0.972, drop_points=2.8, drop_basis="agreement"
     )
-    return replace(report, checks=(report.checks[1],), max_drop_points=None, guard=())
+    return replace(report, checks=(report.checks[1],), max_drop_points=None, guard_limit_points=None, guard=())
 
 
 def regression_report() -> Report:
@@ -207,6 +216,9 @@ def nothing_replaced_report() -> Report:
         converted_memory=report.original_memory,
         transfer=(),
         guard=(),
+        recovery=(),
+        transferred_quality=report.original_quality,
+        converted_quality=report.original_quality,
         artifacts=(),
         checks=(),
     )
@@ -226,6 +238,7 @@ def hostile_report() -> Report:
         notes=(HOSTILE_NAME,),
         calibration=replace(report.calibration, path=HOSTILE_NAME, skipped=(HOSTILE_NAME,)),
         guard=(GuardStep((HOSTILE_NAME,), 1, 0.1, 2000, True),),
+        recovery=(RecoveryStep(HOSTILE_NAME, 0.2, 0.1, 128, is_kept=True, detail=HOSTILE_NAME),),
         transfer=(LayerTransfer(HOSTILE_NAME, 0.4, 0.1, HOSTILE_NAME),),
         checks=(Check(HOSTILE_NAME, True, HOSTILE_NAME),),
         artifacts=(*others_, replace(last, artifact=replace(last.artifact, path=f"{LONG_NAME}/{HOSTILE_NAME}"))),

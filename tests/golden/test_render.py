@@ -21,9 +21,10 @@ def as_text(*renderables: object) -> str:
 def test_report_tables(name: str, samples: ModuleType, check_golden: Check) -> None:
     report = samples.REPORTS[name]()
 
+    recovery = (terminal.recovery_table(report),) if report.recovery else ()
     tables = (terminal.summary_table(report), terminal.artifacts_table(report), terminal.plan_table(report.plan))
 
-    check_golden(f"report_{name}.txt", as_text(*tables))
+    check_golden(f"report_{name}.txt", as_text(*recovery, *tables))
 
 
 @pytest.mark.parametrize("name", ["success", "slow", "nothing_replaced", "hostile"])

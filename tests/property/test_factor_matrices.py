@@ -1,9 +1,11 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepdeploy.core.conv import ConvSpec
 from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.errors import ContractError
 from sepdeploy.schemes.kernels import compose_kernels
 from sepdeploy.schemes.low_rank_svd import factor_matrices
 from sepdeploy.schemes.module import ChainConv2d
@@ -36,6 +38,20 @@ def test_whitening_never_has_the_larger_weighted_error(batch, n, m, samples, see
     assert bool(
         (weighted_error(matrices, whitened, moments) <= weighted_error(matrices, plain, moments) + 1e-5 * energy).all()
     )
+
+
+def test_whitening_survives_the_rounding_of_moments_but_not_nonsense():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, dtype=torch.float64, generator=generator) + 10
+    noise = torch.randn(40, 40, dtype=torch.float64, generator=generator)
+    moments = (x @ x.mT)[None]
+    moments += 2e-5 * moments.max() * (noise + noise.mT)  # eigenvalues below zero
+    assert float(torch.linalg.eigvalsh(moments).min()) < -1e-5 * float(moments.diagonal(dim1=1, dim2=2).mean())
+    matrices = torch.randn(1, 40, 20, dtype=torch.float64, generator=generator)
+    left, right = factor_matrices(matrices, 20, moments)
+    assert torch.allclose(left @ right, matrices, atol=1e-9)
+    with pytest.raises(ContractError, match="positive semi-definite"):
+        factor_matrices(matrices, 5, -moments)
 
 
 @given(n=sizes, m=sizes, true_rank=st.integers(0, 3), seed=st.integers(0, 99))

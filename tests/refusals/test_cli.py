@@ -65,7 +65,7 @@ def place(tmp_path, monkeypatch):
 def convert(*arguments, model="net.pt", arch="nets.py:Net", calibration="images.npz", output="out"):
     return [
         "convert", str(model), "--arch", arch, "--calibration", str(calibration), "--output", str(output),
-        "--formats", "onnx", *arguments,
+        "--formats", "onnx", "--no-reconstruct", *arguments,
     ]  # fmt: skip
 
 
@@ -186,11 +186,44 @@ def test_input_with_other_channels(place, capfd):
         (["--preprocess", "none.toml"], "none.toml"),
         (["--no-such-option"], "--no-such-option"),
         (["--validation", "nowhere"], "nowhere does not exist"),
+        (["--train", "nowhere"], "nowhere does not exist"),
+        (["--epochs", "3"], "--epochs belongs to --train: give both or neither"),
+        (["--train", "images.npz", "--finetune-hook", "nets.py:Net", "--ema", "0"], "--ema has no effect beside"),
+        (["--train", "images.npz", "--train-augment", "auto,flip"], "auto and none stand alone"),
+        (["--train", "images.npz", "--train-augment", "rotate"], "'rotate' is not a list of auto, none, flip"),
+        (["--train", "images.npz", "--learning-rate", "0"], "--learning-rate"),
+        (["--train", "images.npz", "--epochs", "0"], "--epochs"),
+        (["--recoverable", "3"], "--recoverable adds to --max-drop: give both or neither"),
+        (["--max-drop", "1", "--recoverable", "-1"], "--recoverable"),
+        (["--transfer", "data-free", "--reconstruct"], "--reconstruct needs images"),
+        (["--finetune-hook", "nets.py"], "'nets.py' is not a hook; give path/to/file.py:function"),
+        (["--finetune-hook", "none.py:train"], "cannot read none.py: No such file"),
+        (["--finetune-hook", "nets.py:trian"], "nets.py has no trian"),
     ],
 )
 def test_options(place, capfd, arguments, part):
     assert part in refusal(capfd, convert(*arguments), 2)
     assert not (place / "out").exists()
+
+
+def test_finetune(place, capfd):
+    (place / "other").mkdir()
+    for bundle in ("nowhere", "other", "net.pt"):
+        arguments = ["finetune", bundle, "--train", "images.npz"]
+        assert f"{bundle} is no finished bundle of 'sepdeploy convert'" in refusal(capfd, arguments, 2)
+    assert "there is nothing to train" in refusal(capfd, ["finetune", "other"], 2)
+    assert "--epochs belongs to --train" in refusal(capfd, ["finetune", "other", "--epochs", "3"], 2)
+    assert list((place / "other").iterdir()) == []
+
+
+def test_a_hook_that_fails_is_named_with_its_line_and_with_debug_its_traceback(place, capfd):
+    (place / "loop.py").write_text("def train(model, teacher, context):\n    return model.no_such_layer\n")
+    arguments = convert("--finetune-hook", "loop.py:train", "--max-drop", "100")
+    message = refusal(capfd, arguments, 2)
+    assert message.startswith("the hook loop.py:train fails at ")
+    assert "loop.py:2: AttributeError: 'Net' object has no attribute 'no_such_layer'" in message
+    assert run([*arguments, "--debug"]) == 2
+    assert "return model.no_such_layer" in capfd.readouterr().err
 
 
 def test_json_has_the_error_on_standard_output(place, capfd):

@@ -212,6 +212,42 @@ def test_head_and_split(class_folder):
         next(found.batches(0))
 
 
+def test_shuffled_has_the_same_images_in_an_order_of_the_seed(class_folder):
+    found = open_images(str(class_folder), role="validation")
+    label_of = dict(zip(values_of(found), found.labels.tolist(), strict=True))
+    one, two = found.shuffled(1), found.shuffled(2)
+    assert sorted(values_of(one)) == values_of(found)
+    assert values_of(one) == values_of(found.shuffled(1)) != values_of(two)
+    assert one.labels.tolist() == [label_of[value] for value in values_of(one)]
+    with pytest.raises(UsageError, match="seed must be at least 0"):
+        found.shuffled(-1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shards_are_contiguous_parts_of_every_batch(class_folder, count):
+    found = open_images(str(class_folder), role="validation")
+    shards = [list(found.batches(3, shard=(rank, count))) for rank in range(count)]
+    for number, (batch, labels) in enumerate(found.batches(3)):
+        parts = [shard[number] for shard in shards]
+        np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), batch)
+        np.testing.assert_array_equal(np.concatenate([part for _, part in parts]), labels)
+        sizes = [len(part) for part, _ in parts]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_only_its_own_shard_is_decoded(class_folder, monkeypatch):
+    monkeypatch.setattr(images_module, "_CACHE_BYTES", 0)
+    found = open_images(str(class_folder), role="validation")
+    read = []
+    original = found._reader._decode
+    monkeypatch.setattr(found._reader, "_decode", lambda index: (read.append(index), original(index))[1])
+    list(found.batches(4, shard=(1, 2)))
+    assert sorted(read) == [2, 3, 6, 7]
+    for shard in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(UsageError, match="no process"):
+            next(found.batches(4, shard=shard))
+
+
 def test_hash_follows_pixels_labels_and_preprocessing(class_folder, tmp_path):
     def hash_of(**options) -> str:
         return open_images(str(class_folder), role="validation", **options).sha256

@@ -136,7 +136,7 @@ def test_models_is_ours_first_from_anywhere(tmp_path, monkeypatch):
         ("nets.py:", "is not an architecture"),
         ("nets.py:\0", "is not an architecture"),
         ("a/b:make", "is neither a .py file nor the name of a module"),
-        ("none.py:make", "cannot read the architecture none.py: No such file"),
+        ("none.py:make", "cannot read none.py: No such file"),
         ("no_such_module_here:make", "there is no module no_such_module_here"),
         ("torch.no_such_part:make", "there is no module torch.no_such_part"),
         ("models.no_such_net:make", "there is no module models.no_such_net"),

@@ -107,6 +107,55 @@ def test_indefinite_gram_from_rounding_is_solved_all_the_same():
     assert torch.allclose((sums.gram + penalty) @ solution, sums.cross, rtol=1e-6, atol=1e-6)
 
 
+def nearly_dead_features(positions=4000):
+    """Three features, and three that repeat them with a relative error of 1e-4: their difference is nearly dead."""
+    columns, _ = random_problem(groups=1, features=3, positions=positions)
+    noise = torch.randn(1, 3, positions, generator=torch.Generator().manual_seed(5))
+    columns = torch.cat([columns, columns * (1 + 1e-4 * noise)], dim=1)
+    return columns, columns[:, :2] + 0.5 * columns[:, 1:3]
+
+
+def test_large_weights_that_cancel_are_no_perfect_fit():
+    columns, targets = nearly_dead_features()
+    sums = sums_of(columns, targets)
+    exact = torch.zeros(1, 7, 2, dtype=torch.float64)
+    exact[0, :3] = torch.linalg.lstsq(columns[0, :3].double().mT, targets[0].double().mT).solution
+    wild = exact.clone()
+    wild[0, :3] += 300
+    wild[0, 3:6] -= 300
+    true_error = float((targets.double() - wild.mT @ extended(columns)).square().sum())
+    assert sums.squared_error(exact) < 1e-5 * sums.target_energy
+    # Whatever rounding makes of the sums: even if they come out below zero.
+    for change in (0, 3e-7):
+        rounded = sums_of(columns, targets)
+        rounded.gram[:, :3, :3] *= 1 - change
+        assert rounded.squared_error(wild) > 0.1 * true_error
+        assert rounded.squared_error(wild) > 100 * sums.squared_error(exact)
+
+
+def test_rounding_is_that_of_the_coarsest_batch():
+    columns, targets = random_problem()
+    double, single = sums_of(columns.double(), targets.double()), sums_of(columns, targets)
+    assert double.precision == (double + double).precision < 1e-15
+    assert (double + single).precision == single.precision == torch.finfo(torch.float32).eps
+    exact = double.solve(zeros_for(columns, targets), 1e-12)
+    residual = (targets.double() - exact.mT @ extended(columns)).square().sum()
+    assert double.squared_error(exact) == pytest.approx(float(residual), rel=1e-9)
+
+
+def test_nearly_dead_features_cost_as_much_as_weak_ones():
+    columns, targets = random_problem(groups=1, features=6)
+    columns[:, 2] *= 1e-6
+    columns[:, 4] = 0
+    penalty = sums_of(columns, targets).penalty(0.5)[0]
+    energies = columns[0].double().square().sum(1)
+    assert torch.allclose(penalty[[0, 1, 3, 5]], 0.5 * energies[[0, 1, 3, 5]], rtol=1e-5)
+    assert torch.allclose(penalty[[2, 4]], 0.5 * 1e-4 * energies.mean(), rtol=1e-5)
+    assert float(penalty[6]) == pytest.approx(0.5 * 200)  # the bias, whatever the scale of the features
+    small = sums_of(1e-9 * columns, targets).penalty(0.5)[0]
+    assert torch.allclose(small[:6], 1e-18 * penalty[:6], rtol=1e-5)
+
+
 def test_half_precision_does_not_overflow():
     columns = torch.full((1, 4, 1000), 100.0, dtype=torch.float16)
     sums = sums_of(columns, columns[:, :2])

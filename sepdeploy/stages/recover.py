@@ -1,0 +1,310 @@
+"""Win accuracy back after the transfer, step by step, each a stage of its own with its network in work/."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sepdeploy.analyze.blocks import find_blocks
+from sepdeploy.analyze.damage import network_damage
+from sepdeploy.core.codec import read_json, to_json, write_json
+from sepdeploy.core.conv import Trace
+from sepdeploy.core.files import sha256_of_bytes, sha256_of_file, write_bytes
+from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.plan import Plan
+from sepdeploy.core.progress import Progress
+from sepdeploy.core.stage_store import StageStore
+from sepdeploy.core.training import RecoveryStep
+from sepdeploy.data.images import ImageSet
+from sepdeploy.errors import ContractError, UsageError
+from sepdeploy.planning.evaluate import batch_size_for, tensor_batches
+from sepdeploy.stages.bundle import read_weights, rebuild, save_weights
+from sepdeploy.stages.guard import TRANSFERRED
+from sepdeploy.stages.launch import Processes
+from sepdeploy.stages.load import Inputs
+from sepdeploy.train.hooks import FinetuneContext, Hook, run_hook, take_weights
+
+__all__ = ["Recovered", "Recovery", "Weights"]
+
+_HELD_OUT_RATIO = 0.25
+"""Share of the calibration images by which every step is judged and on which none is computed."""
+
+_MIN_IMAGES = 4
+"""Fewer calibration images are not split: they serve for both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A network on its way, as it lies in work/.
+
+    Attributes:
+        name: Of its file, without suffix.
+        network: In eval mode on the CPU.
+        steps: What was tried on the way to it.
+    """
+
+    name: str
+    network: nn.Module
+    steps: tuple[RecoveryStep, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights that were trained elsewhere.
+
+    Attributes:
+        given: A network or a state dict.
+        source: What it is, for messages.
+    """
+
+    given: nn.Module | Mapping[str, Tensor]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What a step leaves beside its weights: its own steps and those before it."""
+
+    steps: tuple[RecoveryStep, ...]
+
+
+def held_out_images(inputs: Inputs, seed: int) -> tuple[ImageSet, ImageSet]:
+    """The calibration images as those to compute on and those to judge by; the same where they are too few to split."""
+    if len(inputs.calibration) < _MIN_IMAGES:
+        return inputs.calibration, inputs.calibration
+    return inputs.calibration.split(1 - _HELD_OUT_RATIO, seed)
+
+
+class Recovery:
+    """The steps that can follow the transfer, on one bundle.
+
+    Args:
+        store: Remembers what was made from what; None for a process that only takes part in the training.
+        folder: The bundle.
+        options: How.
+        inputs: Images and the original network.
+        traced: Its trace.
+        plan: What is replaced.
+        progress: Told what is going on.
+        processes: Those that train together.
+    """
+
+    def __init__(
+        self,
+        store: StageStore | None,
+        folder: Path,
+        options: ConvertOptions,
+        inputs: Inputs,
+        traced: Trace,
+        plan: Plan,
+        progress: Progress,
+        processes: Processes,
+    ) -> None:
+        self._store, self._work, self._options, self._inputs = store, folder / "work", options, inputs
+        self._traced, self._plan, self._progress, self._processes = traced, plan, progress, processes
+        self.fit, self.held_out = held_out_images(inputs, options.seed)
+        batch_size = batch_size_for(traced)
+        self._fit_batches = tensor_batches(self.fit, batch_size)
+        self._held_out_batches = tensor_batches(self.held_out, batch_size)
+
+    @property
+    def replaces_anything(self) -> bool:
+        """Whether there is anything to recover from."""
+        return bool(self._plan.replaced)
+
+    def reopen(self, name: str) -> Recovered:
+        """A network that an earlier run left, checked.
+
+        Raises:
+            UsageError: if its files have changed.
+        """
+        is_guards = name == TRANSFERRED  # which are checked with the plan
+        if self._store is not None and not is_guards and not self._store.is_intact(name, self.files(name)):
+            raise UsageError(f"{self._weights_path(name)} has changed; run 'sepdeploy convert' again")
+        return self.open(name)
+
+    def open(self, name: str) -> Recovered:
+        """A network that an earlier step left."""
+        network = rebuild(self._inputs.network, self._plan, read_weights(self._weights_path(name)))
+        steps = () if name == TRANSFERRED else read_json(_Record, self._record_path(name)).steps
+        return Recovered(name, network, steps)
+
+    def files(self, name: str) -> tuple[Path, ...]:
+        """What a step writes."""
+        return (self._weights_path(name), self._record_path(name))
+
+    def recalibrate(self, before: Recovered) -> Recovered:
+        """Batch norm statistics and biases for what the network computes now."""
+        from sepdeploy.transfer.recalibrate import recalibrate
+
+        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+            self._progress.stage("re-estimating batch norms and biases")
+            return recalibrate(
+                self._inputs.network,
+                before.network,
+                self._traced,
+                self._plan,
+                self._fit_batches,
+                self._held_out_batches,
+            )
+
+        return self._step("recalibrated", before, {"threads": torch.get_num_threads()}, make)
+
+    def reconstruct(self, before: Recovered) -> Recovered:
+        """Blocks that imitate the original's."""
+        options = self._options.reconstruct
+        if options is None:
+            raise ContractError("there is nothing to reconstruct")
+        from sepdeploy.train.reconstruct import reconstruct
+
+        checkpoint = self._work / "reconstruct_checkpoint.pt"
+
+        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+            self._progress.stage("reconstructing blocks")
+            blocks = find_blocks(self._inputs.network, self._inputs.example(), tuple(self._plan.replaced))
+            network, step = reconstruct(
+                before.network,
+                self._inputs.network,
+                blocks,
+                self.fit,
+                self.held_out,
+                options,
+                checkpoint=checkpoint,
+                progress=self._progress,
+            )
+            return network, (step,)
+
+        key = {"options": repr(options), "threads": torch.get_num_threads()}
+        reconstructed = self._step("reconstructed", before, key, make)
+        checkpoint.unlink(missing_ok=True)
+        return reconstructed
+
+    def adopt(self, before: Recovered, weights: Weights) -> Recovered:
+        """Weights that were trained elsewhere."""
+
+        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+            self._progress.stage("taking over the weights")
+            network = take_weights(weights.given, before.network, self._inputs.example(), weights.source)
+            return network, (self._judged("adopted", before.network, network, weights.source),)
+
+        return self._step("adopted", before, {"nonce": uuid.uuid4().hex}, make)
+
+    def finetune(self, before: Recovered) -> Recovered:
+        """Distillation from the original on the images of --train."""
+        images = self._inputs.train
+        if images is None:
+            raise ContractError("there is nothing to fine-tune on")
+        from sepdeploy.train.finetune import finetune
+
+        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+            self._progress.stage("fine-tuning")
+            network, step, _ = finetune(
+                before.network,
+                self._inputs.network,
+                images,
+                self.held_out,
+                self._options.training,
+                features=self._block_ends(),
+                folder=self._work / "finetune",
+                progress=self._progress,
+            )
+            return network, (step,)
+
+        # The number of processes and threads is not in it: a training is too dear to do it again for rounding.
+        key: dict[str, object] = {"options": repr(self._options.training), "images": images.sha256}
+        return self._step("finetuned", before, key, make)
+
+    def run_hook(self, before: Recovered, hook: Hook) -> Recovered:
+        """The user's own training; its result is kept, as it is the user's decision."""
+
+        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+            self._progress.stage(f"running the hook {hook.name}")
+            context = FinetuneContext(
+                train=self._inputs.train,
+                calibration=self.fit,
+                held_out=self.held_out,
+                preprocess=self._inputs.calibration.preprocess,
+                replaced=tuple(self._plan.replaced),
+                blocks=self._block_ends(),
+                seed=self._options.seed,
+                folder=self._work / "hook",
+                progress=self._progress,
+            )
+            network = run_hook(hook, before.network, self._inputs.network, context)
+            return network, (self._judged("hook", before.network, network, hook.name),)
+
+        images = None if self._inputs.train is None else self._inputs.train.sha256
+        key: dict[str, object] = {"images": images, "hook": hook.key or {"nonce": uuid.uuid4().hex}}
+        return self._step("hooked", before, key, make)
+
+    def finish(self, last: Recovered) -> None:
+        """Make `last` the bundle's model.pt."""
+        if self._store is None:
+            return
+        store, path, source = self._store, self._store.folder / "model.pt", self._weights_path(last.name)
+
+        def make() -> None:
+            data = source.read_bytes()
+            store.before_change()
+            write_bytes(path, data)
+
+        store.run("model", {"weights": sha256_of_file(source)}, (path,), make)
+
+    def _step(
+        self,
+        name: str,
+        before: Recovered,
+        key: dict[str, object],
+        make: Callable[[], tuple[nn.Module, tuple[RecoveryStep, ...]]],
+    ) -> Recovered:
+        """Run a step unless its result is there; the first process decides, all take part in what is decided."""
+        if self._store is None:
+            if self._processes.told(None):
+                network, _ = make()
+                return Recovered(name, network)
+            return self.open(name)
+        inputs = {
+            **self._inputs.network_key(),
+            "plan": sha256_of_bytes(to_json(self._plan).encode()),
+            "weights": sha256_of_file(self._weights_path(before.name)),
+            "steps": sha256_of_bytes(to_json(_Record(before.steps)).encode()),
+            "calibration": self._inputs.calibration.sha256,
+            "seed": self._options.seed,
+            **key,
+        }
+        is_current = self._store.is_current(name, inputs, self.files(name))
+        self._processes.told(not is_current)
+        self._store.run(name, inputs, self.files(name), partial(self._make, name, before, make))
+        return self.open(name)
+
+    def _make(
+        self, name: str, before: Recovered, make: Callable[[], tuple[nn.Module, tuple[RecoveryStep, ...]]]
+    ) -> None:
+        network, steps = make()
+        weights_path, record_path = self.files(name)
+        save_weights(weights_path, network)
+        write_json(record_path, _Record((*before.steps, *steps)))
+
+    def _judged(self, name: str, before: nn.Module, after: nn.Module, detail: str) -> RecoveryStep:
+        """A step that is kept whatever it does, with what it does."""
+        damages = [
+            network_damage(self._inputs.network, network, self._held_out_batches()) for network in (before, after)
+        ]
+        return RecoveryStep(name, damages[0], damages[1], len(self.held_out), is_kept=True, detail=detail)
+
+    def _block_ends(self) -> tuple[str, ...]:
+        """Modules whose features both networks have; the outputs are compared anyway."""
+        blocks = find_blocks(self._inputs.network, self._inputs.example(), tuple(self._plan.replaced))
+        return tuple(block.name for block in blocks if block.name)
+
+    def _weights_path(self, name: str) -> Path:
+        return self._work / f"{name}.pt"
+
+    def _record_path(self, name: str) -> Path:
+        return self._work / f"{name}.json"

@@ -1,0 +1,1 @@
+"""Gradient training: block reconstruction and fine-tuning."""

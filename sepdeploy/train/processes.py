@@ -1,0 +1,94 @@
+"""Where training runs: devices, precision, and the processes that share the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, broadcast
+from torch import nn
+
+from sepdeploy.core.training import TrainPrecision
+from sepdeploy.errors import UsageError
+
+__all__ = ["ahead", "equalize", "make_accelerator", "shared_batch_size"]
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=6)
+"""How long processes wait for the first one, which alone hashes the images and writes files."""
+
+_ACCELERATE_NAMES: dict[TrainPrecision, str] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def make_accelerator(precision: TrainPrecision) -> Accelerator:
+    """The device of this process and its connection to the others, as `accelerate launch` or nothing has set them up.
+
+    Raises:
+        UsageError: if it cannot train in that precision, or the network itself is to be divided.
+    """
+    if precision == "auto":
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if has_bfloat16 else "float16" if torch.cuda.is_available() else "float32"
+    mixed = _ACCELERATE_NAMES[precision]
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
+        AcceleratorState._reset_state()  # of an earlier run in this process; its process group stays
+    handlers = [
+        DistributedDataParallelKwargs(
+            find_unused_parameters=True
+        ),  # some weights may be reached by few images, or none
+        InitProcessGroupKwargs(timeout=_PATIENCE),
+    ]
+    try:
+        accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=handlers)
+    except ValueError as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise UsageError(f"cannot train in {precision} here ({reason}); choose --precision float32") from error
+    divided = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in divided:
+        raise UsageError(
+            f"fine-tuning divides the images among processes, never the network, so it cannot use "
+            f"{accelerator.distributed_type.value}; run 'accelerate config' again without it"
+        )
+    return accelerator
+
+
+def shared_batch_size(wanted: int, images: int, processes: int) -> int:
+    """Images per step over all processes: `wanted`, or as many as there are if those are fewer.
+
+    Raises:
+        UsageError: if the processes cannot share them evenly.
+    """
+    if wanted % processes:
+        raise UsageError(
+            f"a batch of {wanted} images cannot be shared evenly by {processes} processes; give a --batch-size that is "
+            f"a multiple of {processes}"
+        )
+    if images < processes:
+        raise UsageError(f"{images} images are too few for {processes} processes; start fewer or give more images")
+    return min(wanted, images - images % processes)
+
+
+@torch.no_grad()
+def equalize(network: nn.Module) -> None:
+    """Give every process the first one's weights and buffers, in place."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.copy_(broadcast(tensor.detach().contiguous()))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield what `items` yields, while a thread prepares the next one.
+
+    >>> list(ahead(iter("abc")))
+    ['a', 'b', 'c']
+    """
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item

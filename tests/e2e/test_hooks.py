@@ -1,0 +1,345 @@
+"""The user's own training: as a hook on the command line and in Python, and outside of sepdeploy with `adopt`.
+
+LOOP and LIGHTNING are the documentation's examples: what a user writes, and nothing else.
+"""
+
+import json
+import shutil
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import sepdeploy
+from sepdeploy import pipeline
+from sepdeploy.cli.main import run
+from sepdeploy.core.codec import read_json, write_json
+from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.core.report import Report
+from sepdeploy.errors import UsageError
+from sepdeploy.stages.bundle import read_weights
+
+LOOP = textwrap.dedent(
+    """
+    import torch
+    from torch.nn import functional as F
+
+    def train(model, teacher, context, epochs=10):
+        images = context.train or context.calibration
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        model.train()
+        for epoch in range(epochs):
+            context.progress.stage(f"my loop: epoch {epoch + 1}")
+            for x, labels in images.shuffled(context.seed + epoch).batches(32):
+                x = torch.from_numpy(x)
+                with torch.no_grad():
+                    target = teacher(x).softmax(1)
+                loss = F.cross_entropy(model(x), target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return model
+    """
+)
+
+LIGHTNING = textwrap.dedent(
+    """
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Distillation(nn.Module):  # with Lightning: lightning.LightningModule
+        def __init__(self, model, teacher):
+            super().__init__()
+            self.model, self.teacher = model, teacher
+
+        def training_step(self, batch, batch_index):
+            self.teacher.eval()
+            with torch.no_grad():
+                target = self.teacher(batch)
+            return F.smooth_l1_loss(self.model(batch), target)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model.parameters(), lr=0.03, momentum=0.9)
+
+    class Trainer:  # with Lightning: lightning.Trainer
+        def __init__(self, max_epochs):
+            self.max_epochs = max_epochs
+
+        def fit(self, module, loader):
+            optimizer = module.configure_optimizers()
+            module.train()
+            for _ in range(self.max_epochs):
+                for index, batch in enumerate(loader()):
+                    optimizer.zero_grad()
+                    module.training_step(batch, index).backward()
+                    optimizer.step()
+
+    def train(model, teacher, context):
+        module = Distillation(model, teacher)
+        Trainer(max_epochs=10).fit(module, lambda: (torch.from_numpy(x) for x, _ in context.calibration.batches(32)))
+        torch.save({"state_dict": module.state_dict(), "epoch": 10}, context.folder / "last.ckpt")
+        return module
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def options(workplace):
+    """A network whose statistics are those of the images, and a poor start: one term, from the kernels alone."""
+    network = workplace.network("Classifier").train()
+    with np.load(workplace.images()) as arrays, torch.no_grad():
+        x = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float() / 255
+        for _ in range(60):
+            network(x)
+        network.linear.weight *= 20
+    torch.save(network.state_dict(), workplace.folder / "trained.pt")
+    return workplace.options(
+        "Classifier",
+        model=workplace.folder / "trained.pt",
+        validation=workplace.images(),
+        scheme_options=SchemeOptions(terms=1),
+        transfer="data-free",
+    )
+
+
+@pytest.fixture(scope="module")
+def converted(options):
+    sepdeploy.convert(options)
+    return options.output_folder
+
+
+@pytest.fixture
+def bundle(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_code(name: str, code: str) -> Path:
+        (tmp_path / name).write_text(code)
+        return tmp_path / name
+
+    return write_code
+
+
+def weights(bundle) -> dict[str, torch.Tensor]:
+    return sepdeploy.load(bundle).state_dict()
+
+
+def are_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def require_consistent(bundle, x: np.ndarray) -> None:
+    """The exported file computes what the bundle's network does."""
+    session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = sepdeploy.load(bundle)(torch.from_numpy(x)).numpy()
+    found = np.concatenate([session.run(None, {"input": image[None]})[0] for image in x])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.fixture
+def unexported(monkeypatch):
+    """Runs end with the trained network: files and measurements are the same code for all."""
+
+    def finish(store, options, inputs, traced, plan, guard, last, evaluator, record, progress):
+        write_json(store.folder / "options.json", record)
+        return last
+
+    monkeypatch.setattr(pipeline, "_finish", finish)
+
+
+def test_a_plain_loop_on_the_command_line(workplace, bundle, write, capfd):
+    before = weights(bundle)
+    plan = (bundle / "plan.json").read_bytes()
+    images = workplace.images(count=128)
+    arguments = ["finetune", str(bundle), "--train", images, "--finetune-hook", f"{write('loop.py', LOOP)}:train"]
+    assert run([*arguments, "--json"]) in (0, 1)  # 1: too briefly timed to be sure of the speed
+    report = json.loads(capfd.readouterr().out)
+    step = report["recovery"][-1]
+    assert (step["name"], step["is_kept"], step["images"]) == ("hook", True, 32)
+    assert step["damage_after"] < 0.8 * step["damage_before"]
+    assert report["converted_quality"]["relative_error"] < report["transferred_quality"]["relative_error"]
+    assert not are_equal(weights(bundle), before)
+    assert (bundle / "plan.json").read_bytes() == plan
+    require_consistent(bundle, np.random.default_rng(0).random((4, 3, 16, 16), np.float32))
+    assert report == json.loads((bundle / "report.json").read_bytes())
+    assert "my loop" not in capfd.readouterr().err
+
+
+def test_a_lightning_style_module_is_looked_through_and_its_checkpoint_adopted(bundle, write):
+    report = sepdeploy.finetune(bundle, finetune=f"{write('lit.py', LIGHTNING)}:train")
+    assert report.recovery[-1].damage_after < report.recovery[-1].damage_before
+    assert "&& sepdeploy.finetune" not in report.command
+    trained = weights(bundle)
+
+    checkpoint = bundle / "work" / "hook" / "last.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert are_equal({k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}, trained)
+
+    report = sepdeploy.adopt(bundle, checkpoint)
+    assert report.recovery[-1].name == "adopted"
+    assert [step.name for step in report.recovery].count("hook") == 0
+    assert are_equal(weights(bundle), trained)
+
+
+def test_a_callable_gets_what_a_loop_needs(workplace, bundle):
+    seen = []
+
+    def loop(model, teacher, context):
+        seen.append(context)
+        assert not any(p.requires_grad for p in teacher.parameters())
+        assert all(p.requires_grad for p in model.parameters())
+        (context.folder / "note.txt").write_text("mine")
+        with torch.no_grad():
+            model.linear.bias[0] += 25
+        teacher.linear.bias.zero_()  # a copy: the original stays as it is
+        return model
+
+    before = weights(bundle)
+    original = (bundle / "original" / "model.onnx").read_bytes()
+    train = workplace.images(count=128, labels="Classifier")
+    report = sepdeploy.finetune(bundle, train, finetune=loop)
+    (context,) = seen
+    assert len(context.train) == 128
+    assert context.train.labels is not None
+    assert (len(context.calibration), len(context.held_out)) == (96, 32)
+    assert context.replaced == tuple(report.plan.replaced)
+    assert set(context.blocks) <= {name for name, _ in sepdeploy.load(bundle).named_modules()}
+    assert (bundle / "work" / "hook" / "note.txt").read_text() == "mine"
+    assert float(weights(bundle)["linear.bias"][0] - before["linear.bias"][0]) == pytest.approx(25)
+    assert (bundle / "original" / "model.onnx").read_bytes() == original
+    assert any("after the step 'hook' the outputs are further from the original's" in note for note in report.notes)
+
+
+def test_a_hook_of_a_file_runs_again_only_if_it_changed_and_a_closure_always(bundle, write, unexported):
+    code = (
+        LOOP
+        + "\n\ndef count(model, teacher, context):\n    "
+        + ("with (context.folder / 'calls').open('a') as file:\n        file.write('x')\n    return model\n")
+    )
+    spec = f"{write('count.py', code)}:count"
+    calls = bundle / "work" / "hook" / "calls"
+    for expected, added in ((1, ""), (1, ""), (2, "# changed\n")):
+        Path(spec.removesuffix(":count")).write_text(code + added)
+        sepdeploy.finetune(bundle, finetune=spec)
+        assert len(calls.read_text()) == expected
+
+    times = []
+    for _ in range(2):
+        sepdeploy.finetune(bundle, finetune=lambda model, teacher, context: times.append(1) or model)
+    assert len(times) == 2
+
+
+def test_convert_takes_a_hook_too_and_goes_back_without(options, converted, tmp_path, unexported):
+    def loop(model, teacher, context):
+        assert context.train is None
+        with torch.no_grad():
+            model.linear.weight *= 1.5
+        return model
+
+    target = replace(options, output=tmp_path / "hooked")
+    last = sepdeploy.convert(target, finetune=loop)
+    assert [step.name for step in last.steps] == ["hook"]
+    hooked, plain = (read_weights(folder / "model.pt")["linear.weight"] for folder in (target.output, converted))
+    assert torch.equal(hooked, 1.5 * plain)
+    sepdeploy.convert(target)
+    assert (target.output / "model.pt").read_bytes() == (converted / "model.pt").read_bytes()
+
+
+def test_load_train_adopt(converted, bundle):
+    network = sepdeploy.load(bundle)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    network(torch.rand(8, 3, 16, 16)).square().mean().backward()
+    optimizer.step()
+
+    report = sepdeploy.adopt(bundle, nn.DataParallel(network))
+    assert are_equal(weights(bundle), network.state_dict())
+    assert report.recovery[-1].name == "adopted"
+    assert report == read_json(Report, bundle / "report.json")
+    require_consistent(bundle, np.random.default_rng(1).random((4, 3, 16, 16), np.float32))
+    assert (bundle / "model.onnx").read_bytes() != (converted / "model.onnx").read_bytes()
+
+
+def test_adopted_weights_stay_until_others_are_adopted_or_it_is_converted_again(options, converted, bundle, unexported):
+    before = read_weights(bundle / "model.pt")
+    adopted = {name: value + 1 if name == "linear.bias" else value for name, value in before.items()}
+    sepdeploy.adopt(bundle, adopted)
+    for _ in range(2):  # what is trained next starts from there, and so does its repetition
+        last = sepdeploy.finetune(bundle, finetune=identity)
+        assert [step.name for step in last.steps] == ["adopted", "hook"]
+        assert are_equal(read_weights(bundle / "model.pt"), adopted)
+    last = sepdeploy.adopt(bundle, {f"module.{name}": value for name, value in before.items()})
+    assert [step.name for step in last.steps] == ["adopted"]
+    assert are_equal(read_weights(bundle / "model.pt"), before)
+
+    sepdeploy.adopt(bundle, adopted)
+    last = sepdeploy.convert(replace(options, output=bundle))
+    assert last.steps == ()
+    assert (bundle / "model.pt").read_bytes() == (converted / "model.pt").read_bytes()
+
+
+def identity(model, teacher, context):
+    return model
+
+
+class Gelu(nn.Module):
+    def forward(self, x):
+        return nn.functional.gelu(x)
+
+
+def with_other_activation(model, teacher, context):
+    model.features[1][2] = Gelu()
+    return model
+
+
+def fused(model, teacher, context):
+    model.features[1][1] = nn.Identity()
+    return model
+
+
+def diverged(model, teacher, context):
+    with torch.no_grad():
+        model.linear.weight[0, 0] = float("nan")
+    return model
+
+
+def raising(model, teacher, context):
+    return model(torch.zeros(1, 5, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (lambda model, teacher, context: None, "returned a NoneType; it must return the trained nn.Module"),
+        (lambda model, teacher, context: teacher, "is not the converted network: it has no features.1.0"),
+        (fused, r"it has no features\.1\.1\.weight"),
+        (diverged, r"has NaN or infinite values in linear\.weight: the training diverged"),
+        (with_other_activation, "computes something else than the converted network with its weights"),
+        (raising, rf"the hook raising fails at .*{Path(__file__).name}:\d+: RuntimeError: .*channels"),
+        (lambda model, teacher: model, "TypeError"),
+    ],
+)
+def test_what_hooks_do_wrong_is_one_sentence_and_harms_nothing(bundle, hook, message):
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file() and "work" not in path.parts}
+    with pytest.raises(UsageError, match=message) as caught:
+        sepdeploy.finetune(bundle, finetune=hook)
+    assert "\n" not in str(caught.value)
+    assert {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file() and "work" not in p.parts} == before
+
+
+def test_weights_of_another_network_are_not_adopted(workplace, bundle):
+    with pytest.raises(UsageError, match=r"the given Classifier is not the converted network: it has no features"):
+        sepdeploy.adopt(bundle, workplace.network("Classifier"))
+    with pytest.raises(UsageError, match=r"\.pt is not the converted network"):
+        sepdeploy.adopt(bundle, workplace.checkpoint("Segmenter"))
+    with pytest.raises(UsageError, match="is no finished bundle"):
+        sepdeploy.adopt(bundle.parent, weights(bundle))

@@ -1,0 +1,118 @@
+"""The limits that the guard is given, simulated with networks whose drops are known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.training import ReconstructOptions
+from sepdeploy.stages.attempts import Attempt, AttemptFile, first_attempt, next_attempt
+
+
+def options(**changes) -> ConvertOptions:
+    return ConvertOptions(model=Path("m.pt"), arch="a:b", calibration="c", **{"max_drop_points": 1.0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_trained", "expected"),
+    [
+        ({}, False, Attempt(4.0, is_recovering=True)),
+        ({}, True, Attempt(11.0, is_recovering=True)),
+        ({"reconstruct": None}, False, Attempt(1.0, is_recovering=False)),
+        ({"reconstruct": None}, True, Attempt(11.0, is_recovering=True)),
+        ({"transfer": "data-free"}, False, Attempt(1.0, is_recovering=False)),
+        ({"recoverable_points": 0.0}, False, Attempt(1.0, is_recovering=True)),
+        ({"recoverable_points": 7.5}, True, Attempt(8.5, is_recovering=True)),
+        ({"max_drop_points": None}, False, Attempt(None, is_recovering=True)),
+    ],
+)
+def test_the_first_limit_leaves_room_for_what_recovery_wins(changes, is_trained, expected):
+    assert first_attempt(options(**changes), is_trained=is_trained) == expected
+
+
+class Case:
+    """A network of ten equal layers: each costs a point, of which recovery wins a share; int8 costs a constant."""
+
+    def __init__(self, *, won: float, int8: float = 0.0) -> None:
+        self.won, self.int8, self.tried = won, int8, []
+
+    def run(self, chosen: ConvertOptions) -> tuple[float, Attempt]:
+        """The drop of the file that the run ends with, and its attempt."""
+        limit = chosen.max_drop_points
+        attempt = first_attempt(chosen, is_trained=False)
+        while True:
+            drop = float(min(10, int(attempt.limit_points)))
+            file = drop * (1 - self.won if attempt.is_recovering else 1) + self.int8
+            self.tried.append((attempt.limit_points, attempt.is_recovering))
+            following = None
+            if file > limit and not attempt.is_last:
+                following = next_attempt(attempt, limit, drop, file)
+            if following is None:
+                return file, attempt
+            attempt = following
+            assert len(self.tried) < 10
+
+
+def test_what_is_won_back_is_used():
+    case = Case(won=0.8)
+    file, attempt = case.run(options())
+    assert (file, attempt.limit_points) == (pytest.approx(0.8), 4.0)
+    assert case.tried == [(4.0, True)]
+
+
+def test_what_is_not_won_back_tightens_the_limit():
+    case = Case(won=0.5)
+    file, _ = case.run(options())
+    assert file == 1.0
+    assert case.tried == [(4.0, True), (2.0, True)]  # of 4 points 2 are left, so of 2 points 1 should be
+
+
+def test_the_third_attempt_with_recovery_does_not_count_on_it():
+    attempt = Attempt(4.0, is_recovering=True)
+    second = next_attempt(attempt, 1.0, 4.0, 2.0)
+    assert second == Attempt(2.0, is_recovering=True, tightenings=1)
+    assert next_attempt(second, 1.0, 2.0, 1.1) == Attempt(1.0, is_recovering=True, tightenings=2)
+    fallback = next_attempt(Attempt(1.0, is_recovering=True, tightenings=2), 1.0, 0.9, 1.1)
+    assert fallback == Attempt(1.0, is_recovering=False, recovering_limit_points=1.0)
+
+
+@pytest.mark.parametrize("won", [-3.0, -0.5, 0.0, 0.3, 0.9])
+@pytest.mark.parametrize("int8", [0.0, 0.5, 1.0, 2.5, 7.0])
+@pytest.mark.parametrize("max_drop", [0.0, 1.0, 3.0, 8.0])
+def test_a_promise_that_holds_without_recovery_is_never_broken_by_it(won, int8, max_drop):
+    chosen = options(max_drop_points=max_drop)
+    without, _ = Case(won=won, int8=int8).run(replace(chosen, reconstruct=None))
+    case = Case(won=won, int8=int8)
+    file, attempt = case.run(chosen)
+    if without <= max_drop:
+        assert file <= max_drop
+    assert len(case.tried) <= 7
+    if file > max_drop:
+        assert attempt.is_last, "where nothing helps, what was won back is handed over"
+        assert attempt.is_recovering
+
+
+def test_without_recovery_there_are_three_attempts():
+    case = Case(won=0.0, int8=5.0)
+    file, attempt = case.run(options(reconstruct=None, max_drop_points=4.0))
+    assert [is_recovering for _, is_recovering in case.tried] == [False] * 3
+    assert file > 4
+    assert attempt.tightenings == 2
+
+
+def test_the_attempt_is_remembered_for_the_same_inputs_only(tmp_path):
+    attempt = Attempt(3.5, is_recovering=True, tightenings=1)
+    path = tmp_path / "limit.json"
+    assert AttemptFile(path, {"a": 1}).read() is None
+    AttemptFile(path, {"a": 1}).write(attempt)
+    assert AttemptFile(path, {"a": 1}).read() == attempt
+    assert AttemptFile(path, {"a": 2}).read() is None
+    path.write_bytes(path.read_bytes()[:-5])
+    assert AttemptFile(path, {"a": 1}).read() is None
+
+
+def test_no_reconstruction_is_an_option_too():
+    assert options().reconstruct == ReconstructOptions()
+    assert options().reconstructs
+    assert not options(transfer="data-free").reconstructs
