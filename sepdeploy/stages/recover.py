@@ -38,6 +38,12 @@ _HELD_OUT_RATIO = 0.25
 _MIN_IMAGES = 4
 """Fewer calibration images are not split: they serve for both."""
 
+_JUDGES = (10, 1000)
+"""Fewest and most of the training images that are held out; sets too small for the fewest are judged by the calibration
+images that are held out."""
+
+_JUDGES_RATIO = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
@@ -79,6 +85,16 @@ def held_out_images(inputs: Inputs, seed: int) -> tuple[ImageSet, ImageSet]:
     if len(inputs.calibration) < _MIN_IMAGES:
         return inputs.calibration, inputs.calibration
     return inputs.calibration.split(1 - _HELD_OUT_RATIO, seed)
+
+
+def training_images(images: ImageSet, held_out: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """The images of --train as those to train on and those to judge by.
+
+    Calibration images are often training images too: the held-out ones among them would judge what they have taught.
+    """
+    fewest, most = _JUDGES
+    judges = min(most, int(_JUDGES_RATIO * len(images)))
+    return (images, held_out) if judges < fewest else images.split(1 - judges / len(images), seed)
 
 
 class Recovery:
@@ -204,11 +220,12 @@ class Recovery:
 
         def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
             self._progress.stage("fine-tuning")
+            own, judges = training_images(images, self.held_out, self._options.seed)
             network, step, _ = finetune(
                 before.network,
                 self._inputs.network,
-                images,
-                self.held_out,
+                own,
+                judges,
                 self._options.training,
                 features=self._block_ends(),
                 folder=self._work / "finetune",

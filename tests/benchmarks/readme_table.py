@@ -33,7 +33,8 @@ def section(report: Report) -> str:
         f"`{report.command}`",
         "",
         f"{verdict(report)} {len(plan.replaced)} of {len(plan.decisions)} convolutions were replaced; "
-        f"{report.original.macs / 1e6:.1f} M MACs became {report.converted.macs / 1e6:.1f} M. No training.",
+        f"{report.original.macs / 1e6:.1f} M MACs became {report.converted.macs / 1e6:.1f} M. "
+        + ("No labels were used." if all(step.name != "fine-tuning" for step in report.recovery) else "Fine-tuned."),
         "",
         "| file | accuracy % | size kB | median ms | minimum ms | speed-up (95% interval) |",
         "|---|---|---|---|---|---|",

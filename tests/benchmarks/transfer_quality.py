@@ -114,7 +114,8 @@ class Study:
         unlabelled = open_images(train, role="calibration", limit=arguments.unlabelled, **given)
         self.calibration = unlabelled.head(arguments.calibration)
         self.fit, self.held_out = unlabelled.split(0.9, 0)
-        self.train = open_images(train, role="calibration", limit=arguments.labelled, **given)
+        labelled = open_images(train, role="calibration", limit=arguments.labelled, **given)
+        self.train, self.train_held_out = labelled.split(0.98, 0)  # which decide on the epoch
         self.test = open_images(test, role="validation", limit=arguments.test, **given)
         arch = ARCHITECTURES[arguments.net]
         self.network = load_model(arguments.source / "weights" / f"{arguments.net}_jpeg.pt", arch).module
@@ -196,7 +197,7 @@ class Study:
             start,
             self.network,
             self.train,
-            self.held_out,
+            self.train_held_out,
             TrainOptions(epochs=self.arguments.epochs),
             features=tuple(block.name for block in blocks if block.name),
             folder=folder,
@@ -286,8 +287,15 @@ def run_plan(study: Study, results: Results, scheme: str, budget: str, plan: Pla
     networks: dict[str, nn.Module] = {}
 
     def network(method: str):
+        """The network and a note, made once and kept in the work folder."""
+        trained = f"-{arguments.epochs}" if method in ("finetuned", "random") or method.startswith("svd") else ""
+        path = study.folder / f"{arguments.net}-{scheme}-{budget}-{method}{trained}.pt"
         if method not in networks:
-            networks[method] = make(method)
+            if path.is_file():
+                networks[method] = torch.load(path, weights_only=False)  # our own
+            else:
+                networks[method] = make(method)
+                torch.save(networks[method], path)
         return networks[method]
 
     def make(method: str):

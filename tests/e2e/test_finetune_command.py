@@ -21,9 +21,9 @@ from sepdeploy.core.training import ReconstructOptions, TrainOptions
 from sepdeploy.errors import UsageError
 from sepdeploy.stages.bundle import read_weights
 
-BRIEF = ReconstructOptions(block_steps=6, network_steps=6, batch_size=32, augment=())
+BRIEF = ReconstructOptions(block_steps=10, network_steps=30, batch_size=32, augment=())
 TRAINING = (
-    "--epochs", "2", "--batch-size", "32", "--learning-rate", "3e-4", "--ema", "0", "--train-augment", "none",
+    "--epochs", "6", "--batch-size", "32", "--learning-rate", "1e-3", "--ema", "0", "--train-augment", "none",
     "--batch-norm", "frozen",
 )  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_finetune_goes_on_from_the_bundle_and_convert_goes_back(workplace, optio
     assert report["command"].endswith(f" && {command}")
     assert any("--train holds the validation images" in note for note in report["notes"])
     epochs = [json.loads(line) for line in (bundle / "work" / "finetune" / "metrics.jsonl").read_text().splitlines()]
-    assert [epoch["epoch"] for epoch in epochs] == [1, 2]
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3, 4, 5, 6]
     assert sepdeploy.load(bundle)
     trained = (bundle / "model.pt").read_bytes()
     assert trained == (bundle / "work" / "finetuned.pt").read_bytes() != (conversion[1] / "model.pt").read_bytes()
@@ -171,7 +171,10 @@ def test_a_promise_that_recovery_does_not_keep_is_tried_without(options, tmp_pat
     assert all(limit < 60 for limit in (*attempts[1:given_up], *attempts[given_up + 1 :]))
     assert reconstructions
     assert max(reconstructions) <= given_up
-    assert "reconstruction" not in [step.name for step in last.steps]
+    # Broken after three attempts without, too: then rather with what was won back. Or nothing was left to be replaced.
+    goes_back = len(attempts) == given_up + 4
+    assert goes_back == (last.name == "reconstructed")
+    assert not goes_back or attempts[-1] == attempts[given_up - 1]
 
 
 def test_moved_inputs_are_asked_for_and_found(workplace, conversion, bundle, tmp_path, capfd, unexported):

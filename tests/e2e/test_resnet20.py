@@ -40,7 +40,7 @@ def unpack(name: str, folder: Path, count: int | None = None) -> str:
     return str(path)
 
 
-def test_two_terms_everywhere_keep_77_percent_without_training(tmp_path):
+def test_two_terms_everywhere_keep_79_percent_without_training(tmp_path):
     preprocess = read_preprocess(Path("calibration/cifar10.toml"))
     calibration = open_images(
         unpack("train", tmp_path, 4000), role="calibration", preprocess=preprocess, limit=512, seed=0
@@ -59,7 +59,7 @@ def test_two_terms_everywhere_keep_77_percent_without_training(tmp_path):
     converted, _ = convert_network(network, traced, plan, tensor_batches(calibration, 64))
     quality, is_partial = evaluator.quality(converted)
     assert not is_partial
-    assert quality.accuracy_ratio >= 0.77
+    assert quality.accuracy_ratio >= 0.79
 
 
 def test_published_checkpoint_loads_as_it_is():
@@ -74,7 +74,7 @@ def test_convert_holds_two_points_and_says_what_it_started_from(tmp_path):
         "convert", str(SHARED / "weights" / "resnet20_jpeg.pt"), "--arch", ARCH,
         "--calibration", unpack("train", tmp_path, 512), "--validation", unpack("test", tmp_path),
         "--preprocess", "calibration/cifar10.toml", "--scheme", "depthwise_separable", "--terms", "2",
-        "--max-drop", "2", "--output", str(tmp_path / "out"),
+        "--max-drop", "2", "--no-reconstruct", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     # 1 would say that a promise is broken; on a busy machine that can only be the speed.
     assert run(arguments) in (0, 1)

@@ -22,7 +22,7 @@ from sepdeploy.stages.bundle import save_weights
 from sepdeploy.stages.guard import TRANSFERRED
 from sepdeploy.stages.launch import Processes
 from sepdeploy.stages.load import Inputs
-from sepdeploy.stages.recover import Recovered, Recovery, Weights
+from sepdeploy.stages.recover import Recovered, Recovery, Weights, training_images
 from sepdeploy.stages.report import _recovery_notes
 from sepdeploy.train.hooks import hook_of
 
@@ -58,6 +58,19 @@ def test_a_quarter_of_the_calibration_images_judges_and_is_not_computed_on(tmp_p
 
 
 @pytest.mark.parametrize("images", [1, 3])
+def test_training_images_are_judged_by_some_of_their_own(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "train.npz", images=pixels)
+    images = open_images(str(tmp_path / "train.npz"), role="calibration")
+    held_out = images.head(5)
+    own, judges = training_images(images, held_out, seed=0)
+    assert (len(own), len(judges)) == (180, 20)
+    seen = np.concatenate([next(part.batches(200))[0] for part in (own, judges)])
+    assert len(np.unique(seen.reshape(200, -1), axis=0)) == 200
+    few = images.head(50)
+    assert training_images(few, held_out, seed=0) == (few, held_out)
+
+
 def test_too_few_images_do_both_and_the_report_says_so(tmp_path, images):
     recovery, start = build(tmp_path, images)
     assert len(recovery.fit) == len(recovery.held_out) == images
