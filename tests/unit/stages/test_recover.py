@@ -57,7 +57,6 @@ def test_a_quarter_of_the_calibration_images_judges_and_is_not_computed_on(tmp_p
     assert not any((image == fit).all(axis=(1, 2, 3)).any() for image in held_out)
 
 
-@pytest.mark.parametrize("images", [1, 3])
 def test_training_images_are_judged_by_some_of_their_own(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "train.npz", images=pixels)
@@ -71,6 +70,7 @@ def test_training_images_are_judged_by_some_of_their_own(tmp_path):
     assert training_images(few, held_out, seed=0) == (few, held_out)
 
 
+@pytest.mark.parametrize("images", [1, 3])
 def test_too_few_images_do_both_and_the_report_says_so(tmp_path, images):
     recovery, start = build(tmp_path, images)
     assert len(recovery.fit) == len(recovery.held_out) == images
