@@ -109,7 +109,8 @@ def _convert(
     deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
     is_trained = inputs.train is not None or hook is not None
     file = AttemptFile(store.work / "limit.json", {**inputs.network_key(), **_limit_options(options, inputs, hook)})
-    attempt = file.read() or first_attempt(options, is_trained=is_trained)
+    is_known = hook is None or hook.key is not None  # two closures of one name may do different things
+    attempt = (file.read() if is_known else None) or first_attempt(options, is_trained=is_trained)
     while True:
         plan, network, guard = run_guard(
             store, options, inputs, traced, proposal, evaluator, batch_size, attempt.limit_points, progress
@@ -286,16 +287,19 @@ def finetune(
     if train is None and finetune is None:
         raise UsageError("there is nothing to train: give images (--train) or a hook (--finetune-hook)")
     spec, function = (finetune, None) if isinstance(finetune, str) else (None, finetune)
-    with joined_processes() as processes, _hook(function, spec) as hook:
-        record = open_record(Path(bundle), moved or MovedInputs())
-        record = with_training(record, train, training or TrainOptions(), spec)
-        report = None
-        if processes.is_first:
-            report = _continue(record, hook, None, processes, command, progress or Silent())
-        else:
-            _take_part(record, hook, processes)
-        said: Report = processes.told(report)
-        return said
+    with joined_processes() as processes:
+        if not processes.is_first:
+            processes.told(None)  # that all is fine: if anything is wrong, the first process alone says so
+        with _hook(function, spec) as hook:
+            record = open_record(Path(bundle), moved or MovedInputs())
+            record = with_training(record, train, training or TrainOptions(), spec)
+            report = None
+            if processes.is_first:
+                report = _continue(record, hook, None, processes, command, progress or Silent())
+            else:
+                _take_part(record, hook, processes)
+            said: Report = processes.told(report)
+            return said
 
 
 def adopt(
@@ -353,7 +357,7 @@ def _continue(
             raise UsageError(f"{folder} is the original network: nothing was replaced, so there is nothing to train")
         recovery = Recovery(store, folder, options, inputs, traced, plan, progress, processes)
         start = recovery.reopen(record.untrained if adopted is not None else record.start)
-        processes.told("the inputs are fine")
+        processes.told("all is fine")
         evaluator = _evaluator(inputs, batch_size_for(traced), progress)
         if adopted is not None:
             start = recovery.adopt(start, adopted)
@@ -367,12 +371,13 @@ def _continue(
 def _take_part(record: RunRecord, hook: Hook | None, processes: Processes) -> None:
     """Train along with the first process, which does everything else."""
     options = record.options
-    processes.told(None)  # what is wrong with the inputs, the first process says once
     inputs = load_inputs(options, Silent())
-    prefer_channels_last(inputs.network, inputs.example())
     traced, plan = read_plan(options.output_folder)
     recovery = Recovery(None, options.output_folder, options, inputs, traced, plan, Silent(), processes)
-    _train(recovery, inputs, recovery.open(record.start), hook)
+    # Opened before the memory layout changes, as in the first process: training needs the same layout in all.
+    start = recovery.open(record.start)
+    prefer_channels_last(inputs.network, inputs.example())
+    _train(recovery, inputs, start, hook)
 
 
 def design(options: DesignOptions, progress: Progress | None = None) -> tuple[nn.Module, DesignResult]:

@@ -49,8 +49,9 @@ def command(
       accelerate launch -m sepdeploy finetune model.sepdeploy --train train_images/ --epochs 90
 
     Training starts from the network before any training, or from what sepdeploy.adopt brought. With 'accelerate
-    launch' it runs on all GPUs and machines, which must all see the bundle and the images. Checkpoints and metrics are
-    in BUNDLE/work/finetune; a run that was stopped goes on where it was when repeated. Exit codes as for convert.
+    launch' it runs on all GPUs and machines, which must all see the bundle and the images; in several processes on
+    CPUs with 'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu'. Checkpoints and metrics are in
+    BUNDLE/work/finetune; a run that was stopped goes on where it was when repeated. Exit codes as for convert.
     """
     from sepdeploy.core.options import MovedInputs
     from sepdeploy.core.training import TrainOptions

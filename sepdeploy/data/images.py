@@ -146,6 +146,11 @@ class ImageSet:
         """The same images in an order that depends on `seed`, at least 0, alone."""
         return self._subset(even_order(None, len(self), seed))
 
+    def without(self, other: ImageSet) -> ImageSet:
+        """The images, possibly none, whose decoded pixels are not those of an image of `other`, in the same order."""
+        unwanted = set(other._digests())
+        return self._subset(np.array([i for i, digest in enumerate(self._digests()) if digest not in unwanted], int))
+
     @cached_property
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of the preprocessing, the decoded pixels and the labels."""
@@ -155,6 +160,12 @@ class ImageSet:
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def _digests(self) -> Iterator[bytes]:
+        """A hash of each image's pixels; few images are held at once."""
+        for start in range(0, len(self), _CHUNK):
+            for pixels in self._pixels(start, start + _CHUNK):
+                yield hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
 
     def _subset(self, positions: Indices) -> ImageSet:
         return ImageSet(self.path, self._reader, self._indices[positions], self.preprocess, self.skipped)

@@ -210,11 +210,22 @@ def recovery_sentence(report: Report) -> str:
     if was is not None and now is not None:
         images = plural(after.images, "validation image")
         change = f"{name} of the PyTorch network: {percent_text(was)} before, {percent_text(now)} after, on {images}. "
-    judges = plural(max((step.images for step in report.recovery), default=0), "held-out calibration image")
     return (
-        f"{change}Damage: change of the outputs against the original's on {judges} (divergence of the class "
-        "probabilities in nats, or squared relative error)."
+        f"{change}Damage: change of the outputs against the original's on {_judges_text(report)} (divergence of the "
+        "class probabilities in nats, or squared relative error)."
     )
+
+
+def _judges_text(report: Report) -> str:
+    """The images on which damage was measured: fine-tuning has its own, of the training images if there are enough."""
+    tuned, others = (
+        max((step.images for step in report.recovery if (step.name == "fine-tuning") == is_tuned), default=0)
+        for is_tuned in (True, False)
+    )
+    if not tuned:
+        return plural(others, "held-out calibration image")
+    text = plural(tuned, "held-out image")
+    return text if others in (0, tuned) else f"{text} for fine-tuning and {others:,} for the other steps"
 
 
 def _size_row(report: Report) -> SummaryRow:

@@ -71,7 +71,7 @@ def joined_processes() -> Iterator[Processes]:
 
     Raises:
         LeaderFailedError: in the others, if the first process ends within the block.
-        ToolError: in the first, if another one does.
+        ToolError: in the first, if another one does; in all, if they cannot be connected.
     """
     if launched_processes() == 1:
         yield Processes()
@@ -79,7 +79,14 @@ def joined_processes() -> Iterator[Processes]:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    state = PartialState(timeout=_PATIENCE)
+    from sepdeploy.train.processes import trains_on_cpu
+
+    state = PartialState(cpu=trains_on_cpu(), timeout=_PATIENCE)
+    if state.num_processes != launched_processes():  # then each would believe that it leads
+        raise ToolError(
+            f"{launched_processes()} processes were started, but accelerate connects {state.num_processes}; start them "
+            "with 'accelerate launch', on CPUs with 'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu'"
+        )
     try:
         yield Processes(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_PATIENCE))
     except (RuntimeError, ValueError) as error:

@@ -36,7 +36,7 @@ class Inputs:
         model_sha256: Hash of the checkpoint.
         calibration: Images for transfer and int8 ranges.
         validation: Images that quality is measured on; none of them is in `calibration` unless the user says so.
-        train: Images to fine-tune on; None for no fine-tuning.
+        train: Images to fine-tune on, none of them in `validation`; None for no fine-tuning.
         notes: What the user should know.
     """
 
@@ -99,14 +99,10 @@ def load_inputs(options: ConvertOptions, progress: Progress) -> Inputs:
             seed=options.seed,
             progress=progress.step,
         )
-    train = _open_train(options, calibration, progress)
+    train = _open_train(options, calibration, validation, notes, progress)
     is_same_path = options.validation == options.calibration and not options.calibration.endswith(".toml")
     if options.validation is not None and (is_same_path or calibration.sha256 == validation.sha256):
         notes.append("--validation holds the calibration images too: every quality here is better than it really is")
-    if train is not None and validation.sha256 == train.sha256:
-        notes.append(
-            "--train holds the validation images: every quality after the training is better than it really is"
-        )
     for images in (calibration, validation, *(() if train is None else (train,))):
         if images.skipped:
             names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
@@ -122,12 +118,20 @@ def load_inputs(options: ConvertOptions, progress: Progress) -> Inputs:
     )
 
 
-def _open_train(options: ConvertOptions, calibration: ImageSet, progress: Progress) -> ImageSet | None:
-    """All images of --train, of a manifest those of its calibration split, as the network takes them."""
+def _open_train(
+    options: ConvertOptions, calibration: ImageSet, validation: ImageSet, notes: list[str], progress: Progress
+) -> ImageSet | None:
+    """The images of --train, of a manifest those of its calibration split, as the network takes them.
+
+    Validation images among them are left out: a network that was trained on them would be measured too well.
+
+    Raises:
+        UsageError: if the images cannot be read, or none is left.
+    """
     if options.train is None:
         return None
     progress.stage("reading the training images")
-    return open_images(
+    given = open_images(
         options.train,
         role="calibration",
         preprocess=calibration.preprocess,
@@ -135,6 +139,16 @@ def _open_train(options: ConvertOptions, calibration: ImageSet, progress: Progre
         seed=options.seed,
         progress=progress.step,
     )
+    progress.stage("looking for validation images among the training images")
+    train = given.without(validation)
+    if len(train) == 0:
+        raise UsageError(
+            f"all {len(given)} images in {options.train} (--train) are validation images too, so none is left to train "
+            "on; give other images to --train or --validation"
+        )
+    if left_out := len(given) - len(train):
+        notes.append(f"{left_out} images of --train are validation images too and are left out of the training")
+    return train
 
 
 def architecture_source(architecture: Architecture) -> ArchitectureSource:

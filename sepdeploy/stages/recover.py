@@ -33,7 +33,10 @@ from sepdeploy.train.hooks import FinetuneContext, Hook, run_hook, take_weights
 __all__ = ["Recovered", "Recovery", "Weights"]
 
 _HELD_OUT_RATIO = 0.25
-"""Share of the calibration images by which every step is judged and on which none is computed."""
+"""Share of the calibration images by which every step is judged and on which no step is computed.
+
+The transfer before them has used all: so the network that a step has to beat knows these images, and the step does not.
+"""
 
 _MIN_IMAGES = 4
 """Fewer calibration images are not split: they serve for both."""
@@ -249,7 +252,7 @@ class Recovery:
                 preprocess=self._inputs.calibration.preprocess,
                 replaced=tuple(self._plan.replaced),
                 blocks=self._block_ends(),
-                seed=self._options.seed,
+                seed=self._options.training.seed,
                 folder=self._work / "hook",
                 progress=self._progress,
             )
@@ -257,7 +260,11 @@ class Recovery:
             return network, (self._judged("hook", before.network, network, hook.name),)
 
         images = None if self._inputs.train is None else self._inputs.train.sha256
-        key: dict[str, object] = {"images": images, "hook": hook.key or {"nonce": uuid.uuid4().hex}}
+        key: dict[str, object] = {
+            "images": images,
+            "hook": hook.key or {"nonce": uuid.uuid4().hex},
+            "training_seed": self._options.training.seed,
+        }
         return self._step("hooked", before, key, make)
 
     def finish(self, last: Recovered) -> None:

@@ -163,5 +163,6 @@ def _difference(before: Sequence[Tensor], after: Sequence[Tensor] | None) -> flo
 
 def _comparable(output: Tensor) -> Tensor:
     """(N, ...) as (N, values) in float64; sorted where they have positions."""
-    values = output.double().flatten(1) if output.dim() > 1 else output.double()[:, None]
+    values = output.cpu().double()  # on the CPU first: not every device has float64
+    values = values.flatten(1) if values.dim() > 1 else values[:, None]
     return values.sort(1).values if output.dim() > 2 else values

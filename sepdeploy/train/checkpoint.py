@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +17,7 @@ from sepdeploy.core.codec import to_data
 from sepdeploy.core.files import replacing, sha256_of_bytes
 from sepdeploy.core.training import ReconstructOptions, TrainOptions
 from sepdeploy.data.images import ImageSet
+from sepdeploy.version import __version__
 
 __all__ = ["read_checkpoint", "run_key", "tensor_state", "write_checkpoint"]
 
@@ -33,6 +35,8 @@ def run_key(
     """Hash of everything that the result of a run depends on, but not of the number of processes."""
     parts = {
         "format": _FORMAT,
+        "versions": (__version__, torch.__version__),
+        "structure": (_structure(student), _structure(teacher)),
         "student": _weights_sha256(student),
         "teacher": _weights_sha256(teacher),
         "images": images.sha256,
@@ -69,6 +73,11 @@ def read_checkpoint(path: Path, key: str) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = content["state"]
     return state
+
+
+def _structure(network: nn.Module) -> str:
+    """What its modules are and how they are set, without addresses in memory, which are others in each run."""
+    return re.sub(r"0x[0-9a-fA-F]+", "", str(network))
 
 
 def _weights_sha256(network: nn.Module) -> str:

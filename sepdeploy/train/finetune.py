@@ -138,8 +138,10 @@ class _Run:
         example = torch.from_numpy(next(images.head(1).batches(1))[0]).to(device)
         with torch.no_grad():
             classes = class_count(tapped_original(example)[0])
-        uses_labels = options.label_weight > 0 and labels_fit(images, classes)
-        self.measures_accuracy = labels_fit(held_out, classes)
+        judged = (classes, original, self.batch_size, accelerator)
+        uses_labels, reason = labels_fit(images, *judged) if options.label_weight else (False, "")
+        self.measures_accuracy, other_reason = labels_fit(held_out, *judged)
+        self.ignored_labels = tuple(dict.fromkeys(filter(None, (reason, other_reason))))
         self.objective = Objective(tapped_original, options, uses_labels, accelerator)
         tapped = TappedNetwork(self.network, features)
         self.objective.check(tapped, example)
@@ -217,7 +219,7 @@ class _Run:
 
     def _augmented(self, part: Tensor, step: int) -> Tensor:
         """Random numbers are drawn for the whole batch, and each process uses those of its images."""
-        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((self.options.seed * 1_000_003 + step) % 2**63)
         draws = self.augmenter.draw(self.batch_size, generator)
         first = self.accelerator.process_index * len(part)
         return self.augmenter.apply(part, draws[first : first + len(part)])
@@ -268,6 +270,8 @@ class _Run:
         )
         if not self.trains_norms:
             detail += "; batch norms frozen"
+        if self.ignored_labels:
+            detail += f"; labels ignored: {', and '.join(self.ignored_labels)}"
         return RecoveryStep("fine-tuning", self.start.damage, standing.damage, len(self.held_out), is_kept, detail)
 
     @property

@@ -6,7 +6,7 @@ import copy
 import inspect
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sepdeploy.analyze.trace import output_tensors
-from sepdeploy.core.files import sha256_of_file
+from sepdeploy.core.files import sha256_of_bytes, sha256_of_file
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.quiet import error_summary
 from sepdeploy.data.images import ImageSet
@@ -43,12 +43,14 @@ class FinetuneContext:
 
     Attributes:
         train: Images of --train; None without.
-        calibration: Images that the transfer used, without labels if they have none.
-        held_out: More of them, by which the result is judged; not to be trained on.
+        calibration: Three quarters of the calibration images, on which the steps after the transfer were computed;
+            without labels if they have none.
+        held_out: The other quarter, by which the result is judged, as those steps were; not to be trained on. The
+            transfer has used it, too. Fewer than four images are not split.
         preprocess: What turns pixels into inputs; the images above are preprocessed already.
         replaced: Names of the layers that were replaced.
         blocks: Names of modules that both networks have and whose outputs can be compared, for feature distillation.
-        seed: Of the run; torch's generators start from it.
+        seed: Of the training; torch's generators start from it.
         folder: For the hook's own files: checkpoints, logs. It is kept between runs.
         progress: Told what is going on: `stage(text)`, `step(done, total)`.
     """
@@ -86,14 +88,26 @@ class Hook:
 def hook_of(function: FinetuneHook) -> Hook:
     """A Python callable as a hook.
 
-    A function of a module is known by its file and name. Closures, lambdas, methods and objects depend on more than
-    their source: they have no key.
+    A function of a module is known by its name and the code in its folder. Closures, decorated functions, lambdas,
+    methods and objects depend on more than their source: they have no key.
     """
     name = getattr(function, "__qualname__", type(function).__qualname__)
     is_plain = inspect.isfunction(function) and name.isidentifier()
-    source = Path(inspect.getsourcefile(function) or "") if is_plain else Path()
-    key = {"name": name, "sha256": sha256_of_file(source)} if source.is_file() else None
-    return Hook(function, name, key)
+    is_plain = is_plain and function.__closure__ is None and not hasattr(function, "__wrapped__")
+    sha256 = _folder_sha256(inspect.getsourcefile(function)) if is_plain else None
+    return Hook(function, name, None if sha256 is None else {"name": name, "sha256": sha256})
+
+
+def _folder_sha256(source: str | None) -> str | None:
+    """Hash of all Python files in the folder of `source`, which may import them; None where there is no such file."""
+    if source is None or not Path(source).is_file():
+        return None
+    files = sorted(path for path in Path(source).parent.glob("*.py") if path.is_file())
+    try:
+        hashes = [(path.name, sha256_of_file(path)) for path in files]
+    except OSError:
+        return None
+    return sha256_of_bytes(repr(hashes).encode())
 
 
 @contextmanager
@@ -107,12 +121,13 @@ def opened_hook(spec: str) -> Iterator[Hook]:
         UsageError: if there is no such function, or the file fails when imported.
     """
     place, name, arguments = split_spec(spec, f"a hook; give {_FORMS}")
-    with imported_place(spec, place) as (module, sha256):
+    with imported_place(spec, place) as (module, own_sha256):
         function = find_factory(module, name, place)
         if not callable(function):
             raise UsageError(f"{spec!r} names a {type(function).__name__}; a function is needed")
-        key: dict[str, object] = {"name": name, "arguments": repr(arguments), "sha256": sha256}
-        yield Hook(partial(function, **arguments) if arguments else function, spec, key)
+        folder = _folder_sha256(getattr(module, "__file__", None))
+        key: dict[str, object] = {"name": name, "arguments": repr(arguments), "sha256": own_sha256, "folder": folder}
+        yield Hook(partial(function, **arguments) if arguments else function, spec, None if folder is None else key)
 
 
 def run_hook(hook: Hook, student: nn.Module, teacher: nn.Module, context: FinetuneContext) -> nn.Module:
@@ -195,22 +210,44 @@ def _find_prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     """The prefix behind which the names and shapes of `expected` stand, and nothing else.
 
     Raises:
-        UsageError: if there is none; names the first difference of the nearest.
+        UsageError: if there is none; names the first difference of the nearest. Or if there are several, with different
+            values.
     """
     first = next((name for name in expected if not name.endswith("num_batches_tracked")), "")
     prefixes = dict.fromkeys(["", *(name.removesuffix(first) for name in tensors if name.endswith(f".{first}"))])
+    fitting: list[str] = []
     mismatches: list[Mismatch] = []
     for prefix in prefixes:
         behind = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         mismatch = find_mismatch(behind, expected)
         if mismatch is None:
-            return prefix
-        mismatches.append(mismatch)
+            fitting.append(prefix)
+        else:
+            mismatches.append(mismatch)
+    if fitting:
+        different = [p for p in fitting[1:] if not _are_equal_copies(tensors, expected, fitting[0], p)]
+        if different:
+            names = " and ".join(repr(prefix.rstrip(".")) for prefix in (fitting[0], *different))
+            raise UsageError(
+                f"{source} holds the converted network more than once, with different weights: as {names}; give the "
+                "one that is meant, by itself"
+            )
+        return fitting[0]
     nearest = max(mismatches, key=lambda mismatch: (mismatch.matching, -len(mismatch.unexpected)))
     raise UsageError(
         f"{source} is not the converted network: {_first_difference(nearest)}; train what sepdeploy.load or the hook "
         "was given, without adding, renaming or folding layers"
     )
+
+
+def _are_equal_copies(tensors: Mapping[str, Tensor], names: Iterable[str], one: str, other: str) -> bool:
+    """Whether the tensors `names` are the same behind both prefixes, apart from counters that nothing depends on."""
+    pairs = [
+        (tensors[one + name].detach().cpu().double(), tensors[other + name].detach().cpu().double())
+        for name in names
+        if not name.endswith("num_batches_tracked")
+    ]
+    return all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
 
 
 def _first_difference(mismatch: Mismatch) -> str:
@@ -233,7 +270,7 @@ def _check_same_function(given: nn.Module, result: nn.Module, example: Tensor, s
     shapes = [[tuple(output.shape) for output in tensors] for tensors in outputs]
     if shapes[0] != shapes[1]:
         raise UsageError(f"{source} returns the shapes {shapes[0]}, not {shapes[1]}")
-    for found, wanted in zip(*outputs, strict=True):
+    for found, wanted in ((f.double(), w.double()) for f, w in zip(*outputs, strict=True) if w.numel()):
         if not float((found - wanted).abs().max()) <= _TOLERANCE * max(float(wanted.abs().max()), 1e-2):
             raise UsageError(
                 f"{source} computes something else than the converted network with its weights: only weights can be "

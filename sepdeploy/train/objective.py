@@ -20,6 +20,12 @@ from sepdeploy.train.losses import feature_loss, label_loss, output_loss
 
 __all__ = ["Objective", "Standing", "TappedNetwork", "class_count", "labels_fit"]
 
+_LABELLED_IMAGES = 512
+"""Images on which it is decided whether labels are those of the network's classes."""
+
+_LEAST_OF_TWO, _LEAST_OF_MANY = 0.6, 0.05
+"""Accuracy that is no chance any more with two classes, and with very many."""
+
 
 class TappedNetwork(nn.Module):
     """A network that returns its output tensors and its features: all that the loss depends on, in one pass."""
@@ -158,18 +164,51 @@ def class_count(outputs: Sequence[Tensor]) -> int | None:
     return outputs[0].shape[1] if are_class_scores(outputs) else None
 
 
-def labels_fit(images: ImageSet, classes: int | None) -> bool:
-    """Whether the images have labels for a network with so many classes.
+def labels_fit(
+    images: ImageSet, classes: int | None, original: nn.Module, batch_size: int, accelerator: Accelerator
+) -> tuple[bool, str]:
+    """Whether the images have labels for the original network's classes; all processes decide alike.
+
+    Folders are numbered in the order of their names, which may be another than that of the classes, or they may be no
+    classes at all: the labels count only if the original itself is right about them clearly more often than by chance.
+
+    Args:
+        images: With labels or without.
+        classes: What the original tells apart; None if it returns no class scores.
+        original: In eval mode, on the device of the training.
+        batch_size: Images at once, over all processes.
+        accelerator: Knows the other processes.
+
+    Returns:
+        Whether the labels are to be used, and, where there are some that are not, why.
 
     Raises:
-        UsageError: if they have labels that such a network does not know.
+        UsageError: if they are numbers that such a network does not know.
     """
     if images.labels is None or classes is None:
-        return False
+        return False, ""
+    if images.class_names and len(images.class_names) != classes:
+        return False, f"{images.path} has {len(images.class_names)} class folders, but the network {classes} classes"
     highest = int(images.labels.max())
     if highest >= classes:
         raise UsageError(
             f"the labels in {images.path} go up to {highest}, but the network has {classes} classes, 0 to "
             f"{classes - 1}; give images with its own labels, or without any"
         )
-    return True
+    some = images.shuffled(0).head(_LABELLED_IMAGES)
+    correct = _correct(original, some, batch_size, accelerator)
+    by_chance = _LEAST_OF_TWO if classes == 2 else max(2 / classes, _LEAST_OF_MANY)
+    if correct <= by_chance * len(some):
+        return False, f"the original network is right about {correct} of {len(some)} images in {images.path} only"
+    return True, ""
+
+
+@torch.no_grad()
+def _correct(network: nn.Module, images: ImageSet, batch_size: int, accelerator: Accelerator) -> int:
+    """Labelled images whose largest class score is that of the label; the processes share them."""
+    correct = 0
+    for batch, labels in images.batches(batch_size, shard=(accelerator.process_index, accelerator.num_processes)):
+        if len(batch) and labels is not None:
+            scores = output_tensors(network(torch.from_numpy(batch).to(accelerator.device)))[0].cpu()
+            correct += int((scores.argmax(1) == torch.from_numpy(labels)).sum())
+    return sum(gather_object([correct]))

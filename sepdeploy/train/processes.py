@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -10,13 +11,19 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, broadcast
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast,
+    parse_flag_from_env,
+)
 from torch import nn
 
 from sepdeploy.core.training import TrainPrecision
 from sepdeploy.errors import UsageError
 
-__all__ = ["ahead", "equalize", "make_accelerator", "shared_batch_size"]
+__all__ = ["ahead", "equalize", "make_accelerator", "shared_batch_size", "trains_on_cpu"]
 
 T = TypeVar("T")
 
@@ -26,15 +33,26 @@ _PATIENCE = timedelta(hours=6)
 _ACCELERATE_NAMES: dict[TrainPrecision, str] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
+def trains_on_cpu() -> bool:
+    """Whether training keeps to the CPU: because ACCELERATE_USE_CPU says so, or as one of several without CUDA.
+
+    Unless it is told so, accelerate leaves several processes without CUDA unconnected.
+    """
+    is_one_of_several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (is_one_of_several and not torch.cuda.is_available())
+
+
 def make_accelerator(precision: TrainPrecision) -> Accelerator:
     """The device of this process and its connection to the others, as `accelerate launch` or nothing has set them up.
 
     Raises:
         UsageError: if it cannot train in that precision, or the network itself is to be divided.
     """
+    on_cpu = trains_on_cpu()
     if precision == "auto":
-        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if has_bfloat16 else "float16" if torch.cuda.is_available() else "float32"
+        has_cuda = torch.cuda.is_available() and not on_cpu
+        has_bfloat16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if has_bfloat16 else "float16" if has_cuda else "float32"
     mixed = _ACCELERATE_NAMES[precision]
     if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
         AcceleratorState._reset_state()  # of an earlier run in this process; its process group stays
@@ -45,7 +63,7 @@ def make_accelerator(precision: TrainPrecision) -> Accelerator:
         InitProcessGroupKwargs(timeout=_PATIENCE),
     ]
     try:
-        accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=handlers)
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
     except ValueError as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise UsageError(f"cannot train in {precision} here ({reason}); choose --precision float32") from error

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,9 +174,7 @@ class _Reconstruction:
         self.owned, bytes_per_image = weights_by_block(self.student, blocks, example)
         self.batch_size = max(1, min(options.batch_size, len(fit), _BATCH_BYTES // max(bytes_per_image, 1)))
         self.augmenter = self._augmenter()
-        self.key = run_key(
-            student, teacher, fit, held_out, cast("Any", options), tuple(map(repr, (*blocks, self.batch_size)))
-        )
+        self.key = run_key(student, teacher, fit, held_out, options, tuple(map(repr, (*blocks, self.batch_size))))
 
     def result(self) -> tuple[nn.Module, RecoveryStep]:
         """Run all phases, or what is left of them."""
@@ -294,7 +292,7 @@ class _Reconstruction:
             epoch, skipped = divmod(step, per_epoch)
             batches = self.fit.shuffled(self.options.seed + epoch).batches(self.batch_size)
             for batch, _ in islice(batches, skipped, per_epoch):
-                generator = torch.Generator().manual_seed((self.options.seed << 32) + step)
+                generator = torch.Generator().manual_seed((self.options.seed * 1_000_003 + step) % 2**63)
                 yield self.augmenter(torch.from_numpy(batch), generator).to(self.device)
                 step += 1
 

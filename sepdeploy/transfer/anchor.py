@@ -1,9 +1,10 @@
 """Where a layer's output can be held against the original network's behind its nonlinearity and its shortcut.
 
 Between a convolution and the next one lie operations that work element by element: batch norm, the addition of a
-shortcut, an activation. Together they are a function z = phi(y) of the convolution's output y. What counts is z: errors
-that a ReLU cuts off do no harm, and an error that came in through the shortcut can be made up for. With phi in the
-original network and phi' in the converted one (its shortcut differs), the wanted output is found by steps
+shortcut, an activation. Together they are a function z = phi(y) of the convolution's output y. What counts is mostly z:
+errors that a ReLU cuts off do no harm, and an error that came in through the shortcut can be made up for (networks that
+add before the norm read y elsewhere too; there it is an approximation). With phi in the original network and phi' in
+the converted one (its shortcut differs), the wanted output is found by steps
     target = y' + (z - phi'(y')) / a,
 with a the largest slope of phi per channel: on the convolution's own output it takes the shortcut's error off; on the
 output y' that the layer has now it is the majorizing step for the squared error of z, which a least-squares solve then
@@ -14,6 +15,7 @@ Networks for Classification and Detection", sections 3.2 and 3.3, there by alter
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sepdeploy.errors import UnsupportedModelError
 from sepdeploy.transfer.prefix import as_images, stopping_at
 
 __all__ = ["Anchor", "Anchored", "find_anchor", "run_to_anchor"]
@@ -85,38 +88,37 @@ def find_anchor(model: nn.Module, name: str, images: Tensor) -> Anchor | None:
         None if there is no such place, or the network cannot be differentiated.
     """
     module = model.get_submodule(name)
-    seen: list[tuple[_Place, Tensor]] = []
+    generator = torch.Generator().manual_seed(0)
     leaves: list[Tensor] = []
+    found = _Found()
 
     def replace(_input: Tensor, output: Tensor) -> Tensor:
         leaves.append(output.detach().clone().requires_grad_())
         torch.set_grad_enabled(True)  # from here on; what came before needs no graph
         return leaves[0].clone()  # networks may go on in place
 
-    def watch(place: _Place, tensor: Tensor) -> None:
-        if leaves and tensor.requires_grad:
-            seen.append((place, tensor.clone()))
+    # A network that fails, or that cannot be differentiated (custom operators, detached tensors), has come as far as it
+    # has; one that ends by itself is no less good.
+    with suppress(UnsupportedModelError), stopping_at(images, lambda: "the end was reached") as stop:
 
-    try:
-        with _watching(model, name, replace, watch):
-            model(images.clone())
-        found: list[tuple[_Place, Tensor]] = []
-        generator = torch.Generator().manual_seed(0)
-        for place, tensor in seen:
+        def watch(place: _Place, tensor: Tensor) -> None:
+            if not leaves or not tensor.requires_grad:
+                return
             weights = [torch.rand(tensor.shape, generator=generator).to(tensor) + 0.5 for _ in range(2)]
             first, second = (_gradient(tensor, weight, leaves[0]) for weight in weights)
             if first is None or second is None:
-                continue  # another branch
+                return  # another branch
             if tensor.shape != leaves[0].shape:
-                break
+                stop()
             diagonal = first.double() / weights[0]
             # All zero is no proof: the next layer's kernel may be.
             if not bool(diagonal.any()) or not _are_equal(diagonal, second.double() / weights[1]):
-                break
-            found.append((place, as_images(module, diagonal).transpose(0, 1).flatten(1)))
-    except Exception:  # custom operators and networks that detach are not differentiable: their own output then counts
-        return None
-    return _anchor(found) if found else None
+                stop()
+            found.add(place, as_images(module, diagonal).transpose(0, 1).flatten(1))
+
+        with _watching(model, name, replace, watch):
+            model(images.clone())
+    return found.anchor()
 
 
 def run_to_anchor(
@@ -226,20 +228,30 @@ def _are_equal(first: Tensor, second: Tensor) -> bool:
     return bool(((first - second).abs() <= tolerance).all())
 
 
-def _anchor(found: list[tuple[_Place, Tensor]]) -> Anchor | None:
-    """The last of the places with the diagonals (O, elements) there.
+class _Found:
+    """The last place that passed, and the slopes up to it.
 
     A channel that an activation cut off on all images has the slope that it had before the activation.
     """
-    slopes = torch.zeros(len(found[0][1]), dtype=torch.float64)
-    for _, diagonal in found:
+
+    def __init__(self) -> None:
+        self._place: _Place | None = None
+        self._slopes = torch.zeros(())
+        self._diagonal = torch.zeros(())
+
+    def add(self, place: _Place, diagonal: Tensor) -> None:
+        """A further place with the diagonal of its Jacobian, (O, elements)."""
         here = diagonal.gather(1, diagonal.abs().argmax(1, keepdim=True))[:, 0]
-        slopes = torch.where(here.abs() > _LEAST_SLOPE * here.abs().max(), here, slopes)
-    place, diagonal = found[-1]
-    largest = float(slopes.abs().max())
-    if not 0 < largest < float("inf"):
-        return None
-    is_affine = bool(((diagonal - slopes[:, None]).abs() <= _PROBE_TOLERANCE * largest).all())
-    floor = _LEAST_SLOPE * largest
-    gains = (slopes.abs() > floor).double()
-    return Anchor(place, torch.where(slopes < 0, -1.0, 1.0) * slopes.abs().clamp_min(floor), gains, is_affine)
+        self._slopes = torch.where(here.abs() > _LEAST_SLOPE * here.abs().max(), here, self._slopes.to(here))
+        self._place, self._diagonal = place, diagonal
+
+    def anchor(self) -> Anchor | None:
+        """The last place as an anchor; None if there was none."""
+        largest = float(self._slopes.abs().max())
+        if self._place is None or not 0 < largest < float("inf"):
+            return None
+        is_affine = bool(((self._diagonal - self._slopes[:, None]).abs() <= _PROBE_TOLERANCE * largest).all())
+        floor = _LEAST_SLOPE * largest
+        gains = (self._slopes.abs() > floor).double()
+        slopes = torch.where(self._slopes < 0, -1.0, 1.0) * self._slopes.abs().clamp_min(floor)
+        return Anchor(self._place, slopes, gains, is_affine)

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,14 +59,56 @@ def bundle(conversion, tmp_path):
     return tmp_path / "bundle"
 
 
-def launch(count: int, *arguments: str) -> subprocess.CompletedProcess:
-    """`sepdeploy` on the CPU, in `count` processes of `accelerate launch`; a hang is a failure."""
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count), "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "sepdeploy", *arguments],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+TRACED = """
+import importlib, os, sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from sepdeploy import pipeline
+from sepdeploy.cli.main import run
+
+folder, *arguments = sys.argv[1:]
+training = importlib.import_module("sepdeploy.train.finetune")
+join, make = pipeline.joined_processes, training.make_accelerator
+
+@contextmanager
+def joined_processes():
+    with join() as processes:
+        Path(folder, f"joined as {processes.rank} of {processes.count}").touch()
+        yield processes
+
+def make_accelerator(precision):
+    made = make(precision)
+    Path(folder, f"trained as {made.process_index} of {made.num_processes} on {made.device.type}").touch()
+    return made
+
+pipeline.joined_processes, training.make_accelerator = joined_processes, make_accelerator
+sys.exit(run(arguments))
+"""
+"""`sepdeploy`, leaving a file for each process that takes part."""
+
+
+@pytest.fixture
+def traced(tmp_path):
+    """The program, its folder of traces, and the environment of its processes."""
+    (tmp_path / "traced.py").write_text(TRACED)
+    (tmp_path / "traces").mkdir()
+    return [str(tmp_path / "traced.py"), str(tmp_path / "traces")], tmp_path / "traces"
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(), **more}  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_reconstruction_is_measured_recorded_and_used(conversion, options):
@@ -103,15 +146,15 @@ def test_repeating_the_conversion_trains_nothing_and_without_reconstruction_it_i
 def test_finetune_goes_on_from_the_bundle_and_convert_goes_back(workplace, options, conversion, bundle, capfd):
     untouched = [bundle / "plan.json", bundle / "work" / "transferred.pt", bundle / "work" / "reconstructed.pt"]
     before = [path.stat().st_mtime_ns for path in untouched]
-    arguments = ["finetune", str(bundle), "--train", workplace.images(), *TRAINING]
+    arguments = ["finetune", str(bundle), "--train", workplace.images(count=256), *TRAINING]
     assert run([*arguments, "--json"]) in (0, 1)  # 1: too briefly timed to be sure of the speed
     report = json.loads(capfd.readouterr().out)
     assert [path.stat().st_mtime_ns for path in untouched] == before
     assert [step["name"] for step in report["recovery"]][-2:] == ["reconstruction", "fine-tuning"]
     assert report["recovery"][-1]["damage_after"] < report["recovery"][-1]["damage_before"]
-    command = f"sepdeploy finetune {bundle} --train {workplace.images()} {' '.join(TRAINING)} --json"
+    command = f"sepdeploy finetune {bundle} --train {workplace.images(count=256)} {' '.join(TRAINING)} --json"
     assert report["command"].endswith(f" && {command}")
-    assert any("--train holds the validation images" in note for note in report["notes"])
+    assert any("128 images of --train are validation images too" in note for note in report["notes"])
     epochs = [json.loads(line) for line in (bundle / "work" / "finetune" / "metrics.jsonl").read_text().splitlines()]
     assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3, 4, 5, 6]
     assert sepdeploy.load(bundle)
@@ -131,7 +174,7 @@ def unexported(monkeypatch):
 
 
 def test_a_run_stopped_in_the_training_goes_on_there(workplace, options, tmp_path, monkeypatch, unexported):
-    target = replace(options, train=workplace.images(), training=TrainOptions(epochs=1, batch_size=64),
+    target = replace(options, train=workplace.images(count=256), training=TrainOptions(epochs=1, batch_size=64),
                      output=tmp_path / "out")  # fmt: skip
     with monkeypatch.context() as stopped:
         stopped.setattr("sepdeploy.train.finetune.finetune", _interrupted)
@@ -181,12 +224,14 @@ def test_moved_inputs_are_asked_for_and_found(workplace, conversion, bundle, tmp
     data = json.loads((bundle / "options.json").read_bytes())
     data["options"]["model"] = str(tmp_path / "gone.pt")
     (bundle / "options.json").write_text(json.dumps(data))
-    arguments = ["finetune", str(bundle), "--train", workplace.images(), *TRAINING]
+    arguments = ["finetune", str(bundle), "--train", workplace.images(count=256), *TRAINING]
     assert run(arguments) == 2
     assert f"gone.pt is gone since {bundle} was made; say with --model where it is now" in capfd.readouterr().err
     shutil.copy(workplace.folder / "trained.pt", tmp_path / "elsewhere.pt")
     moved = sepdeploy.MovedInputs(model=tmp_path / "elsewhere.pt")
-    last = sepdeploy.finetune(bundle, workplace.images(), training=TrainOptions(epochs=1, batch_size=64), moved=moved)
+    last = sepdeploy.finetune(
+        bundle, workplace.images(count=256), training=TrainOptions(epochs=1, batch_size=64), moved=moved
+    )
     assert last.steps[-1].name == "fine-tuning"
 
 
@@ -194,11 +239,13 @@ def test_another_checkpoint_or_plan_is_refused(workplace, bundle):
     network = workplace.network("Classifier")
     torch.save(network.state_dict(), bundle.parent / "other.pt")
     with pytest.raises(UsageError, match=r"no longer what .* was made with; run its 'sepdeploy convert' again"):
-        sepdeploy.finetune(bundle, workplace.images(), moved=sepdeploy.MovedInputs(model=bundle.parent / "other.pt"))
+        sepdeploy.finetune(
+            bundle, workplace.images(count=256), moved=sepdeploy.MovedInputs(model=bundle.parent / "other.pt")
+        )
     with (bundle / "plan.json").open("ab") as file:
         file.write(b"\n")
     with pytest.raises(UsageError, match=r"the plan or its weights in .* have changed"):
-        sepdeploy.finetune(bundle, workplace.images())
+        sepdeploy.finetune(bundle, workplace.images(count=256))
 
 
 def test_a_bundle_can_be_moved_and_its_record_is_absolute(conversion, monkeypatch, tmp_path):
@@ -210,11 +257,20 @@ def test_a_bundle_can_be_moved_and_its_record_is_absolute(conversion, monkeypatc
     assert options.output is None
 
 
-def test_two_processes_train_as_one_and_the_first_alone_speaks(workplace, bundle, tmp_path):
+def test_two_processes_train_as_one_and_the_first_alone_speaks(workplace, bundle, tmp_path, traced):
+    program, traces = traced
     shutil.copytree(bundle, tmp_path / "alone")
-    arguments = ["--train", workplace.images(), *TRAINING, "--json"]
-    done = launch(2, "finetune", str(bundle), *arguments)
-    assert done.returncode in (0, 1), done.stderr
+    arguments = ["--train", workplace.images(count=256), *TRAINING, "--json"]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *launcher, *program, "finetune", str(bundle), *arguments],
+        capture_output=True, text=True, timeout=300, env=environment(), check=False,
+    )  # fmt: skip
+    assert names(traces) == [
+        "joined as 0 of 2", "joined as 1 of 2", "trained as 0 of 2 on cpu", "trained as 1 of 2 on cpu",
+    ], done.stderr  # fmt: skip
+    assert "sepdeploy: " not in done.stderr
     report = json.loads(done.stdout)  # one report, nothing else
     assert report["recovery"][-1]["name"] == "fine-tuning"
     assert report["recovery"][-1]["is_kept"]
@@ -225,18 +281,59 @@ def test_two_processes_train_as_one_and_the_first_alone_speaks(workplace, bundle
         torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_when_the_first_process_fails_none_hangs(bundle):
-    done = launch(2, "finetune", str(bundle), "--train", "nowhere", "--json")
-    assert done.returncode != 0
-    assert "nowhere does not exist" in done.stderr
-    assert done.stderr.count("sepdeploy: ") == 1
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(("--train", "nowhere"), "nowhere does not exist"), (("--finetune-hook", "gone.py:train"), "gone.py")],
+)
+def test_when_the_first_process_fails_none_hangs_and_it_alone_speaks(bundle, traced, wrong, message):
+    program, traces = traced
+    shared = environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")  # no launcher that would kill the second process
+    both = [
+        subprocess.Popen(
+            [sys.executable, *program, "finetune", str(bundle), *wrong, "--json"], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**shared, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        (_, first), (_, second) = (process.communicate(timeout=120) for process in both)
+    finally:
+        for process in both:
+            process.kill()
+    assert names(traces) == ["joined as 0 of 2", "joined as 1 of 2"], first + second
+    assert [process.returncode for process in both] == [2, 4]
+    assert message in first
+    assert (first.count("sepdeploy: "), second.count("sepdeploy: ")) == (1, 0)
+    assert "Traceback" not in first + second
     assert (bundle / "manifest.json").exists()
+
+
+def test_an_attempt_is_not_remembered_for_a_hook_that_nobody_can_tell_from_another(options, tmp_path, unexported):
+    def convert(hook):
+        sepdeploy.convert(replace(options, reconstruct=None, output=tmp_path / "out"), finetune=hook)
+        return len(calls)
+
+    calls = []
+
+    def closure():
+        def train(model, teacher, context):
+            calls.append(context)
+            return model
+
+        return train
+
+    assert convert(closure()) == 1
+    path = tmp_path / "out" / "work" / "limit.json"
+    limit = json.loads(path.read_bytes())
+    limit["attempt"]["is_recovering"] = False  # as if the first one had not kept the promise
+    path.write_text(json.dumps(limit))
+    assert convert(closure()) == 2
 
 
 def test_convert_does_not_train_in_several_processes(workplace, options, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    trained = replace(options, train=workplace.images(), output=tmp_path / "out")
+    trained = replace(options, train=workplace.images(count=256), output=tmp_path / "out")
     with pytest.raises(UsageError, match="accelerate launch -m sepdeploy finetune BUNDLE"):
         sepdeploy.convert(trained)
     assert not (tmp_path / "out").exists()
@@ -246,6 +343,6 @@ def test_nothing_replaced_is_nothing_to_train(workplace, tmp_path):
     options = workplace.options("AllPointwise", output=tmp_path / "out")
     sepdeploy.convert(options)
     with pytest.raises(UsageError, match="nothing was replaced, so there is nothing to train"):
-        sepdeploy.finetune(tmp_path / "out", workplace.images())
+        sepdeploy.finetune(tmp_path / "out", workplace.images(count=256))
     with pytest.raises(UsageError, match="there is nothing to train: give images"):
         sepdeploy.finetune(tmp_path / "out")

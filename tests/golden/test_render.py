@@ -1,11 +1,14 @@
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 from rich.console import Console
 
+from sepdeploy.core.training import RecoveryStep
 from sepdeploy.render import terminal
 from sepdeploy.render.html import render_html
+from sepdeploy.render.summary import recovery_sentence
 
 Check = Callable[[str, str], None]
 
@@ -40,3 +43,16 @@ def test_latency_table(samples: ModuleType, check_golden: Check) -> None:
     results = {each.artifact.path: each.latency for each in samples.success_report().artifacts}
 
     check_golden("latency.txt", as_text(terminal.latency_table(results)))
+
+
+def test_fine_tuning_has_images_of_its_own_to_be_judged_by(samples: ModuleType) -> None:
+    report = samples.success_report()
+    tuned = RecoveryStep("fine-tuning", 0.0121, 0.0095, 1000, is_kept=True)
+    for recovery, images in (
+        (report.recovery, "128 held-out calibration images"),
+        ((*report.recovery, tuned), "1,000 held-out images for fine-tuning and 128 for the other steps"),
+        ((*report.recovery, replace(tuned, images=128)), "128 held-out images"),  # too few: the calibration images
+        ((tuned,), "1,000 held-out images"),
+    ):
+        sentence = recovery_sentence(replace(report, recovery=recovery))
+        assert f"against the original's on {images} (divergence" in sentence

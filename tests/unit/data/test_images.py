@@ -212,6 +212,18 @@ def test_head_and_split(class_folder):
         next(found.batches(0))
 
 
+def test_without_the_images_of_another_set_whatever_their_files_are_called(class_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "_CHUNK", 2)
+    for index, value in enumerate((101, 3, 200, 0)):
+        save_flat(tmp_path / "other" / f"{index}.bmp", value)
+    found, other = (open_images(str(folder), role="validation") for folder in (class_folder, tmp_path / "other"))
+    left = found.without(other)
+    assert values_of(left) == [1, 2, 4, 100, 102]
+    assert left.labels.tolist() == [0, 0, 0, 1, 1]
+    assert values_of(other.without(found)) == [200]
+    assert len(found.without(found.shuffled(1))) == 0
+
+
 def test_shuffled_has_the_same_images_in_an_order_of_the_seed(class_folder):
     found = open_images(str(class_folder), role="validation")
     label_of = dict(zip(values_of(found), found.labels.tolist(), strict=True))

@@ -1,6 +1,11 @@
 """One process is the rule; several are told apart by the launcher's variables."""
 
+from datetime import timedelta
+from types import SimpleNamespace
+
+import accelerate
 import pytest
+import torch
 import torch.distributed as dist
 
 from sepdeploy.errors import ToolError
@@ -11,6 +16,7 @@ from sepdeploy.stages.launch import (
     joined_processes,
     launched_processes,
 )
+from sepdeploy.train.processes import trains_on_cpu
 
 
 def test_without_a_launcher_there_is_one_process_that_hears_itself(monkeypatch):
@@ -23,6 +29,40 @@ def test_without_a_launcher_there_is_one_process_that_hears_itself(monkeypatch):
         assert processes.told("word") == "word"
     monkeypatch.setenv("RANK", "0")
     assert launched_processes() == 8
+
+
+def test_processes_that_are_not_connected_do_not_all_lead(monkeypatch):
+    asked = []
+
+    def state(**arguments):
+        asked.append(arguments)
+        return SimpleNamespace(num_processes=1, process_index=0)
+
+    monkeypatch.setattr(accelerate, "PartialState", state)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    message = "2 processes were started, but accelerate connects 1; start them with 'accelerate launch'"
+    with pytest.raises(ToolError, match=message), joined_processes():
+        pytest.fail("it believes that it leads")
+    assert asked == [{"cpu": True, "timeout": timedelta(days=30)}]
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "flag", "count", "expected"),
+    [(True, None, 2, False), (True, "true", 2, True), (True, "true", 1, True), (False, None, 2, True),
+     (False, "false", 2, True), (False, None, 1, False)],
+)  # fmt: skip
+def test_training_keeps_to_the_cpu_where_it_is_told_to_or_several_have_no_gpu(
+    monkeypatch, has_cuda, flag, count, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name, value in {"ACCELERATE_USE_CPU": flag, "WORLD_SIZE": str(count), "RANK": "0"}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert trains_on_cpu() is expected
 
 
 def test_errors_of_one_process_pass_through():

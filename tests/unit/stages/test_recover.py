@@ -12,8 +12,8 @@ from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.core.progress import Silent
-from sepdeploy.core.stage_store import StageStore
-from sepdeploy.core.training import RecoveryStep
+from sepdeploy.core.stage_store import StageStore, locked
+from sepdeploy.core.training import RecoveryStep, TrainOptions
 from sepdeploy.data.images import open_images
 from sepdeploy.errors import UsageError
 from sepdeploy.planning.candidates import propose_plan
@@ -27,7 +27,7 @@ from sepdeploy.stages.report import _recovery_notes
 from sepdeploy.train.hooks import hook_of
 
 
-def build(tmp_path, images: int = 16) -> tuple[Recovery, Recovered]:
+def build(tmp_path, images: int = 16, training_seed: int = 0) -> tuple[Recovery, Recovered]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 4)).eval()
     np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 256, (images, 6, 6, 3), np.uint8))
@@ -38,8 +38,11 @@ def build(tmp_path, images: int = 16) -> tuple[Recovery, Recovered]:
     plan = propose_plan(traced, "depthwise_separable", SchemeOptions(terms=1))
     converted, _ = convert_network(network, traced, plan, list, method="data-free")
     folder = tmp_path / "bundle"
-    (folder / "work").mkdir(parents=True)
-    options = ConvertOptions(model=tmp_path, arch="net.py:net", calibration="images.npz", output=folder)
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    options = ConvertOptions(
+        model=tmp_path, arch="net.py:net", calibration="images.npz", output=folder,
+        training=TrainOptions(seed=training_seed),
+    )  # fmt: skip
     store = StageStore(folder, on_change=lambda: None)
     recovery = Recovery(store, folder, options, inputs, traced, plan, Silent(), Processes())
     save_weights(folder / "work" / f"{TRANSFERRED}.pt", converted)
@@ -113,6 +116,32 @@ def test_steps_follow_one_another_and_depend_on_what_came_before(tmp_path):
     assert calls == [0, 1, 2]
     recovery.finish(last)
     assert (tmp_path / "bundle" / "model.pt").read_bytes() == (tmp_path / "bundle/work/hooked.pt").read_bytes()
+
+
+def test_the_seed_of_the_training_is_the_hooks(tmp_path):
+    seeds = []
+
+    def record(model, teacher, context):
+        seeds.append(context.seed)
+        return model
+
+    hook = replace(hook_of(record), key={"name": "record"})
+    for seed in (0, 5, 5):
+        recovery, start = build(tmp_path, training_seed=seed)
+        recovery.run_hook(start, hook)
+    assert seeds == [0, 5]
+
+
+def test_what_a_killed_training_left_is_removed(tmp_path):
+    with locked(tmp_path):
+        pass
+    for name in ("finetune", "hook"):
+        (tmp_path / "work" / name).mkdir()
+        (tmp_path / "work" / name / ".checkpoint.77.tmp.pt").touch()
+        (tmp_path / "work" / name / "checkpoint.pt").touch()
+    with locked(tmp_path):
+        left = sorted(path.name for name in ("finetune", "hook") for path in (tmp_path / "work" / name).iterdir())
+    assert left == ["checkpoint.pt", "checkpoint.pt"]
 
 
 def test_a_network_that_was_changed_is_not_opened_again(tmp_path):

@@ -162,3 +162,23 @@ def test_channels_last_networks_are_asked_in_their_layout():
 
     batches = [images(32).permute(0, 2, 3, 1).contiguous()]
     assert "flip" in tolerated_augmentations(Last(), batches, "NHWC")
+
+
+class WithoutFloat64(torch.Tensor):
+    """As on a device that has no float64."""
+
+    def double(self):
+        raise TypeError("no float64 here")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_devices_without_float64_will_do():
+    class Elsewhere(Pooled):
+        def forward(self, x):
+            return super().forward(x)[:, :1].as_subclass(WithoutFloat64)
+
+    assert tolerated_augmentations(Elsewhere(), [images(8)], "NCHW") == tolerated_augmentations(
+        lambda x: Elsewhere()(x).cpu(), [images(8)], "NCHW"
+    )

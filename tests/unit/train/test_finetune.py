@@ -1,11 +1,14 @@
 import copy
 import json
+import re
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 
 from sepdeploy.analyze.damage import network_damage
@@ -15,9 +18,10 @@ from sepdeploy.core.training import TrainOptions
 from sepdeploy.data.images import open_images
 from sepdeploy.data.preprocess import Preprocess
 from sepdeploy.errors import UnsupportedModelError, UsageError
+from sepdeploy.train import checkpoint, processes
 from sepdeploy.train import finetune as finetune_module
-from sepdeploy.train import processes
 from sepdeploy.train.finetune import finetune
+from sepdeploy.train.objective import labels_fit
 
 PREPROCESS = Preprocess(mean=(0.5,), std=(0.25,))
 
@@ -143,6 +147,7 @@ def test_accuracy_decides_where_there_are_labels(make_images, tmp_path):
     labels = labels_by(teacher, make_images())
     images = make_images(64, labels, name="labelled")
     held_out = make_images(64, labels, name="judge")
+    assert "labels" not in run(student_of(teacher), teacher, images, held_out, tmp_path, options_of(epochs=1))[1].detail
     student = student_of(teacher, noise=2.0)
     network, step, history = run(student, teacher, images, held_out, tmp_path, options_of(epochs=10))
     ratios = [metrics.held_out_accuracy_ratio for metrics in history]
@@ -184,6 +189,52 @@ def test_labels_that_the_network_does_not_know_are_refused(make_images, tmp_path
         with pytest.raises(UsageError, match=r"labels in .*npz go up to 4, but the network has 4 classes, 0 to 3"):
             run(student_of(teacher), teacher, images, held_out, tmp_path)
     run(student_of(teacher), teacher, wrong, make_images(8), tmp_path, options_of(label_weight=0.0, epochs=1))
+
+
+def test_labels_that_the_original_is_wrong_about_are_ignored(make_images, tmp_path):
+    teacher = teacher_of()
+    right = labels_by(teacher, make_images())
+    shifted, own = make_images(64, (right + 1) % 4, name="shifted"), make_images(64, right, name="own")
+    _, step, history = run(student_of(teacher), teacher, shifted, own, tmp_path, options_of(epochs=1))
+    assert re.search(r"; labels ignored: the original network is right about 0 of 64 images in .*shifted", step.detail)
+    assert history[0].held_out_accuracy_ratio is not None, "those of the held-out images are right"
+    _, step, history = run(student_of(teacher), teacher, own, shifted, tmp_path, options_of(epochs=1))
+    assert re.search(r"labels ignored: .*shifted", step.detail)
+    assert history[0].held_out_accuracy_ratio is None
+    plain = run(student_of(teacher), teacher, make_images(), make_images(), tmp_path / "plain", options_of(epochs=1))
+    both = run(student_of(teacher), teacher, shifted, shifted, tmp_path / "both", options_of(epochs=1))
+    assert both[1].detail.count("shifted") == 1
+    assert_equal(weights_of(both[0]), weights_of(plain[0]))
+
+
+@pytest.mark.parametrize(("folders", "is_used"), [(2, False), (3, False), (4, True), (5, False)])
+def test_class_folders_must_be_as_many_as_the_classes(folders, is_used, make_images, tmp_path):
+    teacher = teacher_of()
+    images = make_images()
+    pixels = np.load(images.path)["images"]
+    for index, (image, label) in enumerate(zip(pixels, labels_by(teacher, images), strict=True)):
+        path = tmp_path / "folders" / f"class{label % folders}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    for number in range(folders):
+        (tmp_path / "folders" / f"class{number}").mkdir(exist_ok=True)
+    found = open_images(str(tmp_path / "folders"), role="validation", preprocess=PREPROCESS)
+    _, step, history = run(student_of(teacher), teacher, found, found, tmp_path, options_of(epochs=1))
+    assert (history[0].held_out_accuracy_ratio is not None) == is_used
+    reason = f"labels ignored: {tmp_path / 'folders'} has {folders} class folders, but the network 4 classes"
+    assert (reason in step.detail) == (not is_used)
+
+
+@pytest.mark.parametrize(("classes", "right", "is_used"), [(2, 38, False), (2, 39, True), (4, 32, False),
+                                                           (4, 33, True), (100, 3, False), (100, 4, True)])  # fmt: skip
+def test_labels_must_be_right_more_often_than_by_chance(classes, right, is_used, make_images):
+    class FirstClass(nn.Module):
+        def forward(self, x):
+            return torch.eye(classes)[:1].repeat(len(x), 1)
+
+    labels = np.where(np.arange(64) < right, 0, 1)
+    images = make_images(64, labels, name=f"right{right}of{classes}")
+    assert labels_fit(images, classes, FirstClass(), 16, Accelerator(cpu=True))[0] == is_used
 
 
 def test_labels_of_something_else_are_no_labels_for_maps(make_images, tmp_path):
@@ -245,12 +296,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(changes, make_images, t
     assert_equal(weights_of(again), weights_of(whole))
 
 
-def test_other_inputs_start_anew(make_images, tmp_path):
+def test_other_inputs_start_anew(make_images, tmp_path, monkeypatch):
     teacher = teacher_of()
     student, images, held_out = student_of(teacher), make_images(), make_images(20, seed=5)
     run(student, teacher, images, held_out, tmp_path)
+    key = checkpoint.run_key(student, teacher, images, held_out, options_of(), ())
+    assert key == checkpoint.run_key(copy.deepcopy(student), teacher, images, held_out, options_of(), ())
     frozen = copy.deepcopy(student)
     frozen.a.weight.requires_grad_(False)
+    leaky = copy.deepcopy(student)
+    leaky.relu = nn.LeakyReLU(inplace=True)
     others = (
         (student_of(teacher, 0.2), teacher, images, held_out, options_of()),
         (student, teacher_of(seed=3), images, held_out, options_of()),
@@ -258,10 +313,15 @@ def test_other_inputs_start_anew(make_images, tmp_path):
         (student, teacher, images, make_images(20, seed=6), options_of()),
         (student, teacher, images, held_out, options_of(seed=1)),
         (frozen, teacher, images, held_out, options_of()),
+        (leaky, teacher, images, held_out, options_of()),
     )
     for *inputs, options in others:
         with pytest.raises(StoppedError):
             run(*inputs, tmp_path, options, progress=StopsIn(1))
+    for place in (checkpoint, torch):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(place, "__version__", "another")
+            assert checkpoint.run_key(student, teacher, images, held_out, options_of(), ()) != key
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(StoppedError):
         run(student, teacher, images, held_out, tmp_path, progress=StopsIn(1))
@@ -271,7 +331,7 @@ def test_seeds_decide(make_images, tmp_path):
     teacher = teacher_of()
     inputs = student_of(teacher, 1.0), teacher, make_images(), make_images(20, seed=5)
     one, other, same = (
-        run(*inputs, tmp_path / str(place), options_of(seed=seed))[0] for place, seed in enumerate((0, 1, 0))
+        run(*inputs, tmp_path / str(place), options_of(seed=seed))[0] for place, seed in enumerate((0, 2**62, 0))
     )
     assert_equal(weights_of(one), weights_of(same))
     assert not torch.equal(one.a.weight, other.a.weight)

@@ -35,6 +35,7 @@ class Net(nn.Module):
         return scores if self.has_scores else {"map": 100 * maps, "far": [7 + scores]}
 
 
+PREPROCESS = Preprocess(mean=(0.2,), std=(0.1,))
 CASES = {
     "frozen": (True, TrainOptions(3, 16, batch_norm="frozen", augment=None)),
     "several": (False, TrainOptions(3, 16, "sgd", batch_norm="frozen", augment=("flip", "shift", "zoom", "color"))),
@@ -43,17 +44,22 @@ CASES = {
 }
 
 
-def run_case(name, folder, place):
-    """Weights and metrics; of 55 images 48 fill batches, and 21 held-out ones are shared unevenly."""
-    has_scores, options = CASES[name]
+def teacher_of(has_scores):
     torch.manual_seed(0)
     teacher = Net(has_scores).eval()
     nn.init.normal_(teacher.linear.weight, std=5)
+    return teacher
+
+
+def run_case(name, folder, place):
+    """Weights and metrics; of 55 images 48 fill batches, and 21 held-out ones are shared unevenly."""
+    has_scores, options = CASES[name]
+    teacher = teacher_of(has_scores)
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         student.a.weight += 0.1 * torch.randn(student.a.weight.shape)
     images, held_out = (
-        open_images(str(folder / f"{part}.npz"), role="validation", preprocess=Preprocess(mean=(0.2,), std=(0.1,)))
+        open_images(str(folder / f"{part}.npz"), role="validation", preprocess=PREPROCESS)
         for part in ("train", "held_out")
     )
     network, step, history = finetune_module.finetune(
@@ -96,7 +102,11 @@ def results(tmp_path_factory):
     generator = np.random.default_rng(0)
     for part, count in (("train", 55), ("held_out", 21)):
         pixels = generator.integers(0, 256, (count, 8, 8, 3)) * generator.random((count, 1, 1, 3))
-        np.savez(folder / f"{part}.npz", images=pixels.astype(np.uint8), labels=generator.integers(0, 4, count))
+        pixels = pixels.astype(np.uint8)
+        with torch.no_grad():
+            labels = teacher_of(True)(torch.from_numpy(PREPROCESS.to_input(pixels))).argmax(1).numpy()
+        labels = np.where(np.arange(count) % 4 == 0, 0, labels)  # mostly right, so that they count
+        np.savez(folder / f"{part}.npz", images=pixels, labels=labels)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -132,6 +142,7 @@ def test_two_processes_train_as_one_does(name, results):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert two["damages"] == pytest.approx(one["damages"], rel=1e-4)
     assert two["accuracies"] == one["accuracies"]
+    assert (None in one["accuracies"]) == (name == "several")
     assert two["detail"] == one["detail"]
     for key, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][key], value, rtol=1e-4, atol=1e-6, msg=key)
@@ -139,7 +150,7 @@ def test_two_processes_train_as_one_does(name, results):
 
 def test_statistics_of_batch_norms_are_each_process_s_own_on_cpus(results):
     one, two, _ = results["train"]
-    assert two["losses"] == pytest.approx(one["losses"], rel=0.3)
+    assert two["losses"] == pytest.approx(one["losses"], rel=0.5)
     assert two["losses"] != pytest.approx(one["losses"], rel=1e-5)
 
 

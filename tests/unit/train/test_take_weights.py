@@ -1,6 +1,6 @@
 """Weights from elsewhere: what may wrap them, and what they must be."""
 
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -78,6 +78,40 @@ def test_the_first_difference_is_named(given, message):
         taken(given)
 
 
+class Copies(nn.Module):
+    """The network as it was and as it is, as loops keep it that compare the two."""
+
+    def __init__(self, initial: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.initial, self.model = initial, model
+
+
+def test_of_several_copies_none_is_chosen_unless_all_are_the_same():
+    two = Copies(network(), network(1))
+    for given in (two, two.state_dict()):
+        with pytest.raises(UsageError, match="more than once, with different weights: as 'initial' and 'model'; give"):
+            taken(given)
+    two.initial.load_state_dict(network(1).state_dict())
+    two.model[1].num_batches_tracked += 1
+    assert is_equal(taken(two), network(1))
+
+
+class Verdict(nn.Module):
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.conv, self.offset = nn.Conv2d(3, 4, 3), offset
+
+    def forward(self, x):
+        return self.conv(x) > self.offset, x[:0]
+
+
+def test_outputs_that_are_truth_values_or_empty_are_compared():
+    trained = Verdict(0.0).eval()
+    assert is_equal(taken(trained, Verdict(0.0).eval()), trained)
+    with pytest.raises(UsageError, match="computes something else"):
+        taken(trained, Verdict(100.0).eval())
+
+
 def test_only_weights_may_have_changed():
     other = network(1)
     other[2] = nn.LeakyReLU(0.5)
@@ -97,6 +131,26 @@ def test_a_network_in_training_mode_is_judged_in_evaluation_mode():
     assert trained.training
 
 
+def doubled(function):
+    @wraps(function)
+    def run(model, teacher, context):
+        return function(function(model, teacher, context), teacher, context)
+
+    return run
+
+
+@doubled
+def decorated(model, teacher, context):
+    return model
+
+
+def marked(model, teacher, context):
+    return model
+
+
+marked.__wrapped__ = doubled  # as by a decorator without a closure
+
+
 def test_functions_are_known_by_file_and_name_and_what_depends_on_more_is_not():
     def inner(model, teacher, context):
         return model
@@ -107,7 +161,7 @@ def test_functions_are_known_by_file_and_name_and_what_depends_on_more_is_not():
 
     assert hook_of(is_equal).key is not None
     assert hook_of(is_equal).key == hook_of(is_equal).key != hook_of(taken).key
-    for function in (inner, lambda *_: None, Loop(), Loop().__call__, partial(is_equal, 1)):
+    for function in (inner, lambda *_: None, Loop(), Loop().__call__, partial(is_equal, 1), decorated, marked):
         assert hook_of(function).key is None
     assert hook_of(Loop()).name.endswith("Loop")
 
@@ -121,9 +175,13 @@ def test_a_hook_takes_arguments_and_its_neighbours(tmp_path):
         first = hook.key
     with opened_hook(f"{path}:train(epochs=4)") as hook:
         assert hook.key != first
-    path.write_text(path.read_text() + "\n")
     with opened_hook(f"{path}:train(epochs=3)") as hook:
-        assert hook.key != first
+        assert hook.key == first
+    for changed in (path, tmp_path / "beside.py"):
+        changed.write_text(changed.read_text() + "\n")
+        with opened_hook(f"{path}:train(epochs=3)") as hook:
+            assert hook.key != first
+            first = hook.key
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.planning.candidates import propose_plan
 from sepdeploy.planning.convert import convert_network
 from sepdeploy.transfer import refine
+from sepdeploy.transfer.anchor import find_anchor
 from sepdeploy.transfer.recalibrate import recalibrate
 
 SHAPE = (8, 8, 8)
@@ -79,3 +80,14 @@ def test_peak_memory_grows_with_the_batch_and_not_with_the_images(scheme, monkey
     assert wide > 2 * few
     patches = 16 * 8 * 9 * 8 * 8 * 4
     assert many < 5 * patches  # those of one batch, their copies and the activations; sums are small
+
+
+def anchor_peak_bytes(layers):
+    net = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(layers))).eval()
+    with PeakBytes() as bytes_:
+        assert find_anchor(net, "0.0", torch.randn(4, *SHAPE)) is not None
+    return bytes_.peak
+
+
+def test_looking_for_an_anchor_needs_no_more_memory_in_deeper_networks():
+    assert anchor_peak_bytes(30) <= anchor_peak_bytes(3)
