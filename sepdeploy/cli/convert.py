@@ -60,7 +60,8 @@ __all__ = ["command"]
               help="Most calibration images to use.")  # fmt: skip
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtimes "
               "when latency is measured.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the choice of images.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), metavar="N",
+              help="Seed of the choice of images.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="The bundle; default: MODEL's name with "
               ".sepdeploy, in the working directory.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")

@@ -18,8 +18,8 @@ __all__ = ["command"]
 @click.command(short_help="Train the network of a finished bundle, and export and measure it again.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @train_options
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the order of images "
-              "and of their augmentation.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), metavar="N",
+              help="Seed of the order of images and of their augmentation.")  # fmt: skip
 @click.option("--model", type=click.Path(path_type=Path), help="Where the checkpoint is now, if it was moved.")
 @click.option("--arch", metavar="SPEC", help="Where the architecture is now.")
 @click.option("--calibration", metavar="PATH", help="Where the calibration images are now.")

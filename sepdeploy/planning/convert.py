@@ -29,6 +29,7 @@ def convert_network(
     *,
     method: TransferMethod = "anchored",
     memory: TransferMemory | None = None,
+    is_quick: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[nn.Module, tuple[LayerTransfer, ...]]:
     """A converted copy of the network, and the quality of each layer's transfer.
@@ -42,6 +43,7 @@ def convert_network(
         memory: Layers transferred before, which is extended. A layer depends only on which layers before it are
             replaced, so growing a plan at its end costs only the new layers. Valid for one network, one set of images
             and one candidate per convolution.
+        is_quick: Whether to leave out what takes most of the time and adds the least, for comparing layers.
         progress: Called with (layers done, layers in all).
 
     Returns:
@@ -68,7 +70,8 @@ def convert_network(
             module, transfer = memory[key]
             module = copy.deepcopy(module)  # passes on one network must not reach another
         else:
-            module, transfer = transfer_layer(original, converted, site, replaced[site.name], batches, method)
+            candidate = replaced[site.name]
+            module, transfer = transfer_layer(original, converted, site, candidate, batches, method, is_quick=is_quick)
             if memory is not None:
                 memory[key] = (copy.deepcopy(module), transfer)
         replace_modules(converted, {site.name: module})

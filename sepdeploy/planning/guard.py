@@ -162,7 +162,8 @@ class _Run:
         if isinstance(known, float):
             return known
         self.progress(f"guard: damage of {name}")
-        network, _ = self.build([name])
+        plan = self._plan_for([name])
+        network, _ = convert_network(self.original, self.trace, plan, self.batches, method=self.method, is_quick=True)
         low, high = _DAMAGE_IMAGES
         images = int(min(high, max(low, _DAMAGE_MACS // max(self.trace.total_macs, 1))))
         value = network_damage(self.original, network, _first_images(self.batches(), images))

@@ -4,8 +4,8 @@ Anchored transfer goes layer by layer, on the inputs that the converted network 
 factors of the kernel, whitened by the second moments of those inputs; then a ridge least-squares solve of the last
 factors (of all terms together) and the bias against the ORIGINAL network's output at that place; then a descent on all
 factors (`refine.py`). Where a nonlinearity or a shortcut follows, both are repeated against the original network's
-output behind it (`anchor.py`) until held-out images stop gaining. The errors of the layers before are thus corrected as
-far as the layer can, not passed on.
+output behind it (`anchor.py`), if held-out images gain by it. The errors of the layers before are thus corrected as far
+as the layer can, not passed on.
 """
 
 from __future__ import annotations
@@ -53,12 +53,6 @@ _ENOUGH_POSITIONS = 2**17
 _ENOUGH_IMAGES = 128
 """A solve stops reading images once it has this many of both: early layers have thousands of positions per image."""
 
-_ANCHOR_ROUNDS = 2
-"""Solves against the output behind a nonlinearity; each needs a pass over the images, and the second gains little."""
-
-_MIN_GAIN = 0.01
-"""Share of the held-out error behind the nonlinearity that a further solve must take off."""
-
 _ANCHOR_IMAGES = 8
 """Images on which the place for that is found."""
 
@@ -76,6 +70,8 @@ def transfer_layer(
     candidate: Candidate,
     batches: Batches,
     method: TransferMethod,
+    *,
+    is_quick: bool = False,
 ) -> tuple[ChainConv2d, LayerTransfer]:
     """The module that takes the place of one convolution.
 
@@ -85,7 +81,8 @@ def transfer_layer(
         site: The convolution.
         candidate: What it becomes.
         batches: Calibration images; several passes are made.
-        method: 'data-free' needs no images; 'anchored' does.
+        method: 'data-free' needs no images; the others do.
+        is_quick: Whether to leave out what is repeated behind a nonlinearity, two thirds of the time.
 
     Returns:
         The module with its weights, and how well it imitates the convolution.
@@ -116,7 +113,7 @@ def transfer_layer(
     moments = _input_moments(module, converted, site, batches)
     factors = data_free if moments is None and anchor is None else scheme.factorize(scaled, candidate.form, moments)
     module.set_weights(factors, None if bias is None else bias * slopes)
-    output_error = _fit(module, original, converted, site, anchor, batches)
+    output_error = _fit(module, original, converted, site, anchor, batches, is_quick=is_quick)
     module.scale_outputs(1 / slopes, torch.zeros_like(slopes))
     _factorize_anew(module, scheme, moments)
     return module, LayerTransfer(site.name, error, output_error, method)
@@ -179,16 +176,17 @@ class _Reading:
         held_out: The same on the rest.
         window_fit: For all factors, over window patches; empty if those are too wide.
         window_held_out: The same on the rest.
-        error: Relative error behind the nonlinearity of what the layer returned during the pass; 0 without an anchor.
-        held_out_error: The same on the held-out rest, or on all where there is none.
+        held_out_error: Relative error behind the nonlinearity of what the layer returned during the pass, on the rest;
+            0 without an anchor.
+        images: How many were read.
     """
 
     fit: LeastSquaresSums
     held_out: LeastSquaresSums
     window_fit: LeastSquaresSums
     window_held_out: LeastSquaresSums
-    error: float
     held_out_error: float
+    images: int
 
 
 def _fit(
@@ -198,25 +196,21 @@ def _fit(
     site: ConvSite,
     anchor: Anchor | None,
     batches: Batches,
+    *,
+    is_quick: bool,
 ) -> float:
     """Fit the weights in place, in units of the anchor; returns the relative error of the outputs there."""
     output_error = _solve(module, site, _read(module, original, converted, site, anchor, batches, is_first=True))
-    if anchor is None or anchor.is_affine:
-        return output_error  # the solve has minimized just that
-    best: tuple[_Reading, dict[str, Tensor]] | None = None
-    for solves in range(1, _ANCHOR_ROUNDS + 1):
-        reading = _read(module, original, converted, site, anchor, batches, is_first=False)
-        if best is not None and not reading.held_out_error < best[0].held_out_error:
-            break
-        has_gained = best is None or reading.held_out_error < best[0].held_out_error * (1 - _MIN_GAIN)
-        best = reading, copy.deepcopy(module.state_dict())
-        if solves == _ANCHOR_ROUNDS or not has_gained:
-            break
-        _solve(module, site, reading)
-    if best is None:
-        raise ContractError("an anchored fit reads the images at least twice")
-    module.load_state_dict(best[1])
-    return best[0].error
+    if anchor is None or anchor.is_affine or is_quick:
+        return output_error  # where nothing nonlinear follows, the solve has minimized just that
+    reading = _read(module, original, converted, site, anchor, batches, is_first=False)
+    before = copy.deepcopy(module.state_dict())
+    _solve(module, site, reading)
+    error = _held_out_error(module, original, converted, site, anchor, batches, reading.images)
+    if error < reading.held_out_error:
+        return error
+    module.load_state_dict(before)
+    return reading.held_out_error
 
 
 def _read(
@@ -261,7 +255,31 @@ def _read(
                 if is_narrow and len(x[part]):
                     columns = patches(module.pad(x[part]), window)
                     window_sums.add(columns, _grouped_outputs(y[part], window.out_groups))
-    return _Reading(fit, held_out, window_fit, window_held_out, errors.ratio(), errors.held_out_ratio())
+    return _Reading(fit, held_out, window_fit, window_held_out, errors.ratio(), images)
+
+
+def _held_out_error(
+    module: ChainConv2d,
+    original: nn.Module,
+    converted: nn.Module,
+    site: ConvSite,
+    anchor: Anchor,
+    batches: Batches,
+    images: int,
+) -> float:
+    """Relative error at the anchor with the layer as it is now, on those of the first `images` that are held out."""
+    errors = _AnchorErrors()
+    seen = 0
+    for batch in batches():
+        rows = _held_out(seen, len(batch))
+        if bool(rows.any()) or images < _HELD_OUT_EVERY:
+            part = batch if images < _HELD_OUT_EVERY else batch[rows]
+            every = torch.ones(len(part), dtype=torch.bool)
+            _pairs(module, original, converted, site, anchor, part, every, errors, is_first=False)
+        seen += len(batch)
+        if seen >= images:
+            break
+    return errors.ratio()
 
 
 def _held_out(first: int, count: int) -> Tensor:
@@ -276,7 +294,7 @@ def _rows(is_held_out: Tensor, x: Tensor) -> Tensor:
 
 
 class _AnchorErrors:
-    """Squared errors at the anchor, added up over batches."""
+    """Squared errors at the anchor, added up over batches: of held-out images, and of all in case none is held out."""
 
     def __init__(self) -> None:
         self._squares = [0.0, 0.0]
@@ -285,19 +303,14 @@ class _AnchorErrors:
     def add(self, wanted: Tensor, result: Tensor, is_held_out: Tensor) -> None:
         """Add a batch, (N, C, H, W) each, and which of its images are held out."""
         rows = _rows(is_held_out, wanted)
-        for index, part in enumerate((~rows, rows)):
+        for index, part in enumerate((rows, torch.ones_like(rows))):
             self._squares[index] += float((wanted[part] - result[part]).double().square().sum())
             self._energies[index] += float(wanted[part].double().square().sum())
 
     def ratio(self) -> float:
-        """|error| / |wanted| over everything."""
-        return math.sqrt(sum(self._squares) / max(sum(self._energies), 1e-30))
-
-    def held_out_ratio(self) -> float:
-        """The same over what is held out; over everything if nothing is."""
-        if not self._energies[1]:
-            return self.ratio()
-        return math.sqrt(self._squares[1] / self._energies[1])
+        """|error| / |wanted|."""
+        index = 0 if self._energies[0] else 1
+        return math.sqrt(self._squares[index] / max(self._energies[index], 1e-30))
 
 
 def _pairs(

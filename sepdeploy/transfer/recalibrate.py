@@ -1,10 +1,9 @@
 """Statistics and biases of a converted network, measured anew: two cheap corrections without training.
 
-Batch norm re-estimation gives every norm behind a replaced layer the mean and the variance of what it now reads (Sagun
-et al. call stale ones the main harm of compression without data). Bias correction gives every output channel of a
-replaced layer the mean that it has in the original network (Nagel et al., "Data-free quantization through weight
-equalization and bias correction", 2019, section 4.2, here measured on images). Either can hurt a network whose layers
-were fitted to the original's outputs already, so held-out images decide.
+Batch norm re-estimation gives every norm behind a replaced layer the mean and the variance of what it now reads. Bias
+correction gives every output channel of a replaced layer the mean that it has in the original network (Nagel et al.,
+"Data-free quantization through weight equalization and bias correction", 2019, section 4.2, here measured on images).
+Either can hurt a network whose layers were fitted to the original's outputs already, so held-out images decide.
 
 Both are sequential by nature: each layer is to be measured with those before it corrected already. Instead of one pass
 over the images per layer, a single pass corrects every layer by the mean over all batches so far, its own included.
