@@ -82,7 +82,7 @@ def transfer_layer(
         candidate: What it becomes.
         batches: Calibration images; several passes are made.
         method: 'data-free' needs no images; the others do.
-        is_quick: Whether to leave out what is repeated behind a nonlinearity, two thirds of the time.
+        is_quick: Whether to leave out what is repeated behind a nonlinearity, and its passes over the images.
 
     Returns:
         The module with its weights, and how well it imitates the convolution.

@@ -155,3 +155,18 @@ def test_errors_behind_the_nonlinearity_fall_against_the_layers_own_output(monke
     net, x, unseen = Block(), torch.randn(256, 8, 8, 8), torch.randn(64, 8, 8, 8)
     anchored = converted_error(net, x, unseen)
     assert anchored < 0.97 * converted_error(net, x, unseen, monkeypatch)
+
+
+@torch.no_grad()
+def test_whitened_is_closed_form_on_the_original_networks_inputs():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False)).eval()
+    x = torch.randn(64, 8, 8, 8).cumsum(2).cumsum(3)  # neighbours are alike: far from white
+    traced = trace_network(net, x[:1])
+    plan = propose_plan(traced, "depthwise_separable", SchemeOptions(terms=1))
+    errors = {}
+    for method in ("data-free", "whitened"):
+        converted, (transfer,) = convert_network(net, traced, plan, lambda: iter(x.split(32)), method=method)
+        assert (transfer.method, transfer.output_error, converted[0].bias) == (method, None, None)
+        errors[method] = float((converted(x) - net(x)).norm())
+    assert errors["whitened"] < 0.9 * errors["data-free"]
