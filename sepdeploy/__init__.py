@@ -17,9 +17,9 @@ from sepdeploy.version import __version__
 
 if TYPE_CHECKING:
     from sepdeploy.core.design import DesignOptions
-    from sepdeploy.core.options import ConvertOptions, MovedInputs
+    from sepdeploy.core.options import ConvertOptions, MovedInputs, SelectionOptions
     from sepdeploy.core.training import ReconstructOptions, TrainOptions
-    from sepdeploy.pipeline import adopt, convert, design, finetune
+    from sepdeploy.pipeline import adopt, convert, design, finetune, plan
     from sepdeploy.schemes.separable_conv2d import SeparableConv2d
     from sepdeploy.stages.bundle import load
     from sepdeploy.train.hooks import FinetuneContext
@@ -30,6 +30,7 @@ __all__ = [
     "FinetuneContext",
     "MovedInputs",
     "ReconstructOptions",
+    "SelectionOptions",
     "SeparableConv2d",
     "TrainOptions",
     "__version__",
@@ -38,6 +39,7 @@ __all__ = [
     "design",
     "finetune",
     "load",
+    "plan",
 ]
 
 _PLACES = {
@@ -46,6 +48,7 @@ _PLACES = {
     "FinetuneContext": "sepdeploy.train.hooks",
     "MovedInputs": "sepdeploy.core.options",
     "ReconstructOptions": "sepdeploy.core.training",
+    "SelectionOptions": "sepdeploy.core.options",
     "SeparableConv2d": "sepdeploy.schemes.separable_conv2d",
     "TrainOptions": "sepdeploy.core.training",
     "adopt": "sepdeploy.pipeline",
@@ -53,6 +56,7 @@ _PLACES = {
     "design": "sepdeploy.pipeline",
     "finetune": "sepdeploy.pipeline",
     "load": "sepdeploy.stages.bundle",
+    "plan": "sepdeploy.pipeline",
 }
 
 

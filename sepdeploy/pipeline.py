@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.artifact import Format, Precision, Role
+from sepdeploy.core.codec import read_json, to_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.design import DesignOptions, DesignResult
-from sepdeploy.core.files import sha256_of_file
+from sepdeploy.core.files import sha256_of_bytes, sha256_of_file
 from sepdeploy.core.manifest import RunRecord
+from sepdeploy.core.measurement import Latency
 from sepdeploy.core.options import TARGETS, ConvertOptions, MovedInputs
+from sepdeploy.core.pareto import FrontPoint
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
-from sepdeploy.core.report import Report
+from sepdeploy.core.report import ArtifactResult, Report
+from sepdeploy.core.selection import Selection
 from sepdeploy.core.stage_store import StageStore, locked, require_usable
 from sepdeploy.core.training import TrainOptions
 from sepdeploy.errors import ContractError, UsageError
@@ -33,6 +38,7 @@ from sepdeploy.stages.deploy import (
     measure_latency,
     measure_network,
     measure_quality,
+    target_latency,
     versions,
 )
 from sepdeploy.stages.design import check_design_folder, write_design
@@ -40,6 +46,7 @@ from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard,
 from sepdeploy.stages.inspect_model import inspect_model
 from sepdeploy.stages.launch import Processes, joined_processes, launched_processes
 from sepdeploy.stages.load import Inputs, load_inputs
+from sepdeploy.stages.plan_file import read_given_plan
 from sepdeploy.stages.recover import Recovered, Recovery, Weights
 from sepdeploy.stages.reopen import (
     RECORD,
@@ -51,9 +58,11 @@ from sepdeploy.stages.reopen import (
     with_training,
 )
 from sepdeploy.stages.report import Qualities, make_report, target_result, write_bundle
+from sepdeploy.stages.select import measure_front, run_selection, with_plan
+from sepdeploy.stages.weigh import share_damages, weigh
 from sepdeploy.train.hooks import FinetuneHook, Hook, hook_of, opened_hook
 
-__all__ = ["adopt", "convert", "design", "finetune", "inspect_model"]
+__all__ = ["adopt", "convert", "design", "finetune", "inspect_model", "plan"]
 
 
 def convert(
@@ -75,7 +84,8 @@ def convert(
         SepdeployError: if the conversion cannot be carried out.
     """
     progress = progress or Silent()
-    find_scheme(options.scheme)
+    if not options.selects and options.plan is None:
+        find_scheme(options.scheme)
     folder = options.output_folder
     require_usable(folder)  # before the minutes that large sets of images take
     if launched_processes() > 1 and (options.train or options.finetune_hook or finetune):
@@ -89,42 +99,37 @@ def convert(
         with locked(folder):
             store = StageStore(folder, on_change=lambda: _discard_results(folder, RECORD))
             progress.stage("tracing the network")
-            traced = trace(store, options, inputs)
-            proposal = propose(store, options, inputs, traced)
-            return _convert(store, options, inputs, traced, proposal, hook, progress)
+            return _convert(store, options, inputs, hook, progress)
 
 
 def _convert(
     store: StageStore,
     options: ConvertOptions,
     inputs: Inputs,
-    traced: Trace,
-    proposal: Plan,
     hook: Hook | None,
     progress: Progress,
 ) -> Report:
-    batch_size = batch_size_for(traced)
-    evaluator = _evaluator(inputs, batch_size, progress)
+    traced = trace(store, options, inputs)
+    evaluator = _evaluator(inputs, batch_size_for(traced), progress)
     # Before anything takes long: a network that cannot be exported is refused here.
-    deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
+    originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
+    planned = _planner(store, options, inputs, traced, evaluator, originals, progress)
     is_trained = inputs.train is not None or hook is not None
     file = AttemptFile(store.work / "limit.json", {**inputs.network_key(), **_limit_options(options, inputs, hook)})
     is_known = hook is None or hook.key is not None  # two closures of one name may do different things
     attempt = (file.read() if is_known else None) or first_attempt(options, is_trained=is_trained)
     while True:
-        plan, network, guard = run_guard(
-            store, options, inputs, traced, proposal, evaluator, batch_size, attempt.limit_points, progress
-        )
+        plan, network, guard = planned(attempt.limit_points)
         recovery = Recovery(store, store.folder, options, inputs, traced, plan, progress, Processes())
         untrained = _recover(recovery, options, Recovered(TRANSFERRED, network), is_recovering=attempt.is_recovering)
         last = _train(recovery, inputs, untrained, hook) if attempt.is_recovering else untrained
         recovery.finish(last)
         promise = options.max_drop_points
-        if promise is None or attempt.is_last:
+        if promise is None or attempt.is_last or (options.selects and options.selection.has_limit):
             break
         following = None
         if plan.replaced:
-            drop = _file_drop(store, options, inputs, traced, last.network, evaluator, progress)
+            drop = _file_drop(store, options, inputs, traced, plan, last.network, evaluator, progress)
             if drop > promise:
                 following = next_attempt(attempt, promise, guard.quality.drop_points, drop)
         elif attempt.is_recovering and guard.limit_points is not None and guard.limit_points < promise:
@@ -136,6 +141,100 @@ def _convert(
     file.write(replace(attempt, is_last=True))
     record = RunRecord(absolute_options(options, inputs.architecture), untrained.name)
     return _finish(store, options, inputs, traced, plan, guard, last, evaluator, record, progress)
+
+
+def _planner(
+    store: StageStore,
+    options: ConvertOptions,
+    inputs: Inputs,
+    traced: Trace,
+    evaluator: Evaluator,
+    originals: Sequence[ArtifactResult],
+    progress: Progress,
+    processes: Processes | None = None,
+) -> Callable[[float | None], tuple[Plan, nn.Module, GuardRecord]]:
+    """From a limit in points to the plan that holds it, its network before recovery, and how that was found."""
+    if not options.selects:
+        given = None if options.plan is None else read_given_plan(options.plan, traced, inputs.model_sha256)
+        proposal = propose(store, options, inputs, traced, given)
+        return lambda limit: run_guard(
+            store, options, inputs, traced, proposal, evaluator, batch_size_for(traced), limit, progress
+        )
+    original = target_result(originals, options, Role.ORIGINAL)
+    cost = target_latency([original], options).median_ms
+    weighed = weigh(store, options, inputs, traced, cost, processes or Processes(), progress)
+
+    def timed(plan: Plan, network: nn.Module) -> Latency:
+        """The target's file of a network that was only transferred, against the original's: weights are no matter."""
+        only_target = replace(options, formats=(TARGETS[options.target],))
+        sha256 = sha256_of_bytes(to_json(plan).encode())
+        results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, sha256, progress, plan)
+        return target_latency([original, target_result(results, options, Role.CONVERTED)], options)
+
+    return lambda limit: run_selection(store, options, inputs, traced, weighed, evaluator, limit, timed, progress)
+
+
+def plan(
+    options: ConvertOptions,
+    folder: Path,
+    *,
+    front_points: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Selection, tuple[FrontPoint, ...]]:
+    """Weigh every form of every layer on the target and choose, as `convert` with scheme 'auto' does, and stop there.
+
+    Writes `plan.json`, to be edited or given to `convert`, and into the folder `search` what a repeated call goes on
+    from. Called alike by all processes of an `accelerate launch`, they share the measurement of the damages.
+
+    Args:
+        options: As for `convert`, with scheme 'auto'.
+        folder: Where the plan goes.
+        front_points: How many plans between the original and the cheapest to carry out and measure besides.
+        progress: Told what is going on.
+
+    Returns:
+        What was weighed with what was chosen, and those plans, the original first.
+
+    Raises:
+        SepdeployError: if the network cannot be converted.
+    """
+    if not options.selects:
+        raise UsageError("a plan is chosen by --scheme auto; 'sepdeploy convert' takes a scheme or a plan as it is")
+    if any(folder.glob("*")) and not (folder / "search").is_dir():
+        raise UsageError(f"{folder} holds other files; choose another --output or empty it first")
+    torch.manual_seed(options.seed)
+    with joined_processes() as processes:
+        planned = None
+        if processes.is_first:
+            planned = _plan(options, folder, front_points, processes, progress or Silent())
+        else:
+            inputs = load_inputs(options, Silent())
+            traced = trace_network(inputs.network, inputs.example(), includes_linear=options.includes_linear)
+            prefer_channels_last(inputs.network, inputs.example())
+            share_damages(options, inputs, traced, processes)
+        said: tuple[Selection, tuple[FrontPoint, ...]] = processes.told(planned)
+        return said
+
+
+def _plan(
+    options: ConvertOptions, folder: Path, front_points: int, processes: Processes, progress: Progress
+) -> tuple[Selection, tuple[FrontPoint, ...]]:
+    inputs = load_inputs(options, progress)
+    with locked(folder / "search"):
+        store = StageStore(folder / "search", on_change=lambda: None)
+        traced = trace(store, options, inputs)
+        evaluator = _evaluator(inputs, batch_size_for(traced), progress)
+        only_target = replace(options, formats=(TARGETS[options.target],))
+        originals = deploy(
+            store, only_target, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress
+        )
+        is_trained = inputs.train is not None or options.finetune_hook is not None
+        limit = first_attempt(options, is_trained=is_trained).limit_points
+        chosen, _, _ = _planner(store, only_target, inputs, traced, evaluator, originals, progress, processes)(limit)
+        weighed = with_plan(read_json(Selection, store.work / "selection.json"), chosen)
+        write_json(folder / "plan.json", weighed)
+        front = measure_front(options, inputs, traced, weighed, evaluator, front_points, progress)
+    return weighed, front
 
 
 def _recover(recovery: Recovery, options: ConvertOptions, transferred: Recovered, *, is_recovering: bool) -> Recovered:
@@ -170,7 +269,7 @@ def _finish(
     """Export, measure and report the bundle's network."""
     originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
     weights = _weights_sha256(store)
-    converted = deploy(store, options, inputs, traced, last.network, Role.CONVERTED, weights, progress)
+    converted = deploy(store, options, inputs, traced, last.network, Role.CONVERTED, weights, progress, plan)
     qualities = Qualities(
         original=evaluator.original_quality(),
         transferred=guard.quality,
@@ -207,6 +306,8 @@ def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -
         "training": repr(options.training),
         "hook": None if hook is None else hook.name,
         "hook_key": None if hook is None else hook.key,
+        "selection": repr(options.selection) if options.selects else None,
+        "plan": None if options.plan is None else sha256_of_file(options.plan),
         "max_drop": options.max_drop_points,
         "recoverable": options.recoverable_points,
         "target": options.target,
@@ -222,13 +323,15 @@ def _file_drop(
     options: ConvertOptions,
     inputs: Inputs,
     traced: Trace,
+    plan: Plan,
     network: nn.Module,
     evaluator: Evaluator,
     progress: Progress,
 ) -> float:
     """Points that the target's file loses, which is exported and measured for that."""
     only_target = replace(options, formats=(TARGETS[options.target],))
-    results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, _weights_sha256(store), progress)
+    weights = _weights_sha256(store)
+    results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, weights, progress, plan)
     target = target_result(results, options, Role.CONVERTED)
     quality = measure_quality(store, target, inputs, evaluator, options, progress).quality
     if quality is None:

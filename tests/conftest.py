@@ -26,6 +26,14 @@ def pytest_configure(config):
         )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_price_cache(tmp_path_factory):
+    """Prices of earlier runs, and of the user, are no part of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEPDEPLOY_CACHE_DIR", str(tmp_path_factory.mktemp("prices")))
+        yield
+
+
 class Net(nn.Module):
     """Modules by name, and a function of (network, input) as the forward pass."""
 

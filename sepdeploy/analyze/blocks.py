@@ -23,10 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sepdeploy.analyze.recorder import watching_modules
+from sepdeploy.analyze.recorder import run_once, watching_modules
 from sepdeploy.analyze.trace import output_tensors
-from sepdeploy.core.quiet import error_summary
-from sepdeploy.errors import UsageError
 
 __all__ = ["Block", "find_blocks"]
 
@@ -71,13 +69,7 @@ def find_blocks(model: nn.Module, example: Tensor, layers: Collection[str]) -> t
     image = example.clone()  # a copy: networks may normalize their input in place
     flow = _DataFlow(image)
     with watching_modules(flow.enter, flow.leave), flow:
-        try:
-            returned = model(image)
-        except Exception as error:
-            raise UsageError(
-                f"the network does not run on an input of shape {tuple(example.shape)}: {error_summary(error)}; "
-                "check --input-shape C,H,W and the preprocess file"
-            ) from error
+        returned = run_once(model, image)
     sole_values = flow.sole_values(output_tensors(returned))
     names = _names_of_values(model, flow)
     cuts = [(place, names[value]) for place, value in enumerate(sole_values) if value in names]

@@ -35,11 +35,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sepdeploy.analyze.recorder import watching_modules
+from sepdeploy.analyze.recorder import run_once, watching_modules
 from sepdeploy.analyze.trace import output_tensors
 from sepdeploy.core.memory import MemoryProfile, MemoryStep
-from sepdeploy.core.quiet import error_summary
-from sepdeploy.errors import UsageError
 
 __all__ = ["measure_memory"]
 
@@ -82,13 +80,7 @@ def measure_memory(model: nn.Module, example: Tensor) -> MemoryProfile:
     image = example.clone()  # a copy: networks may normalize their input in place
     recorder = _Recorder(model, image)
     with torch.no_grad(), _following_modules(recorder), recorder:
-        try:
-            returned = model(image)
-        except Exception as error:
-            raise UsageError(
-                f"the network does not run on an input of shape {tuple(example.shape)}: {error_summary(error)}; "
-                "check --input-shape C,H,W and the preprocess file"
-            ) from error
+        returned = run_once(model, image)
     outputs = [recorder.values[tensor] for tensor in output_tensors(returned) if tensor in recorder.values]
     return MemoryProfile(tuple(_steps(recorder.operations, recorder.input, outputs)))
 

@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["LinearCall", "Operation", "Recorder", "following_modules", "watching_modules"]
+from sepdeploy.core.quiet import error_summary
+from sepdeploy.errors import UsageError
+
+__all__ = ["LinearCall", "Operation", "Recorder", "following_modules", "run_once", "watching_modules"]
 
 
 @dataclass(slots=True)
@@ -86,6 +89,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
         self.operations.append(operation)
         self._by_output[id(result)] = operation
+
+
+def run_once(model: nn.Module, image: Tensor) -> object:
+    """What the network returns for its first image.
+
+    Args:
+        model: In eval mode.
+        image: (1, C, H, W) or (1, H, W, C); a copy where it matters, for networks may normalize it in place.
+
+    Raises:
+        UsageError: if the network does not run on an input of this shape.
+    """
+    try:
+        return model(image)
+    except Exception as error:
+        raise UsageError(
+            f"the network does not run on an input of shape {tuple(image.shape)}: {error_summary(error)}; "
+            "check --input-shape C,H,W and the preprocess file"
+        ) from error
 
 
 @contextmanager

@@ -16,11 +16,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.utils import _pair
 from torch.utils._pytree import tree_leaves
 
-from sepdeploy.analyze.recorder import Operation, Recorder, following_modules
+from sepdeploy.analyze.recorder import Operation, Recorder, following_modules, run_once
 from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
 from sepdeploy.core.plan import Reason
-from sepdeploy.core.quiet import error_summary
-from sepdeploy.errors import UnsupportedModelError, UsageError
+from sepdeploy.errors import UnsupportedModelError
 
 __all__ = ["conv_spec", "layer_spec", "output_tensors", "trace_network"]
 
@@ -42,13 +41,7 @@ def trace_network(model: nn.Module, example: Tensor, *, includes_linear: bool = 
     """
     recorder = Recorder()
     with torch.no_grad(), following_modules(recorder), recorder:
-        try:
-            returned = model(example.clone())  # a copy: networks may normalize their input in place
-        except Exception as error:
-            raise UsageError(
-                f"the network does not run on an input of shape {tuple(example.shape)}: {error_summary(error)}; "
-                "check --input-shape C,H,W and the preprocess file"
-            ) from error
+        returned = run_once(model, example.clone())  # a copy: networks may normalize their input in place
     outputs = output_tensors(returned)
     sites = _module_sites(model, recorder, {id(output) for output in outputs})
     sites += _functional_sites(model, recorder)

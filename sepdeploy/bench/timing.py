@@ -25,7 +25,7 @@ from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.measurement import Latency, Method
 from sepdeploy.errors import UsageError
 
-__all__ = ["balanced_orders", "measure", "median_interval"]
+__all__ = ["balanced_orders", "measure", "median_interval", "timed_blocks"]
 
 _BLOCKS = 6  # the fewest whose range encloses the median with at least 95% confidence
 _MIN_BLOCK_ROUNDS = 4
@@ -78,8 +78,7 @@ def measure(
         )
     if reference is not None and reference not in sessions:
         raise UsageError(f"the reference '{reference}' is not among the timed files: {', '.join(sessions)}")
-    with _collector_off():
-        blocks_ns = _timed_blocks(list(sessions.values()), seconds, warmup, seed, clock)
+    blocks_ns = timed_blocks(list(sessions.values()), seconds=seconds, warmup=warmup, seed=seed, clock=clock)
     names = list(sessions)
     return {
         name: _latency(
@@ -91,6 +90,46 @@ def measure(
         )
         for i, (name, session) in enumerate(sessions.items())
     }
+
+
+def timed_blocks(
+    sessions: Sequence[Session],
+    *,
+    seconds: float,
+    warmup: int,
+    seed: int,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> list[np.ndarray]:
+    """Six blocks of interleaved rounds, as `measure` takes them; all but the first reopen the sessions.
+
+    Args:
+        sessions: At least one.
+        seconds: Time to spend per session in all.
+        warmup: Runs of each session before the first round of each block.
+        seed: Seed of the random inputs.
+        clock: Monotonic time in nanoseconds.
+
+    Returns:
+        Nanoseconds per run in each block, (rounds, sessions) float64.
+
+    Raises:
+        UsageError: if a file cannot be loaded again.
+        ToolError: if a session fails to run.
+    """
+    orders = balanced_orders(len(sessions))
+    blocks = []
+    with _collector_off():
+        for block in range(_BLOCKS):
+            # Who is loaded first may get the better place in memory, so that changes from block to block as well.
+            order = orders[block % len(orders)]
+            if block > 0:
+                sessions = _reopened(sessions, order)
+            bursts = [1] * len(sessions)
+            for i in order:
+                sessions[i].set_random_input(seed)
+                bursts[i] = _burst(sessions[i], warmup, clock)
+            blocks.append(_timed_rounds(sessions, bursts, seconds / _BLOCKS, clock))
+    return blocks
 
 
 def balanced_orders(count: int) -> tuple[tuple[int, ...], ...]:
@@ -153,25 +192,6 @@ def _run_ns(session: Session, runs: int, clock: Callable[[], int]) -> int:
     for _ in range(runs):
         run_once()
     return clock() - start
-
-
-def _timed_blocks(
-    sessions: list[Session], seconds: float, warmup: int, seed: int, clock: Callable[[], int]
-) -> list[np.ndarray]:
-    """Nanoseconds per run in each block, (rounds, sessions) float64."""
-    orders = balanced_orders(len(sessions))
-    blocks = []
-    for block in range(_BLOCKS):
-        # Who is loaded first may get the better place in memory, so that changes from block to block as well.
-        order = orders[block % len(orders)]
-        if block > 0:
-            sessions = _reopened(sessions, order)
-        bursts = [1] * len(sessions)
-        for i in order:
-            sessions[i].set_random_input(seed)
-            bursts[i] = _burst(sessions[i], warmup, clock)
-        blocks.append(_timed_rounds(sessions, bursts, seconds / _BLOCKS, clock))
-    return blocks
 
 
 def _reopened(sessions: Sequence[Session], order: Sequence[int]) -> list[Session]:

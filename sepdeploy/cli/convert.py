@@ -10,8 +10,9 @@ import click
 
 from sepdeploy.cli.parameters import CommaList, Shape, print_report, shown_progress
 from sepdeploy.cli.scheme_options import scheme_options
+from sepdeploy.cli.selection_options import selection_options
 from sepdeploy.cli.train_options import train_options
-from sepdeploy.core.options import RECOVERED_BY_RECONSTRUCTION, RECOVERED_BY_TRAINING
+from sepdeploy.core.options import AUTO, RECOVERED_BY_RECONSTRUCTION, RECOVERED_BY_TRAINING
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.schemes.lowerings.lowering import LOWERINGS
 from sepdeploy.schemes.scheme import SCHEMES
@@ -30,13 +31,17 @@ __all__ = ["command"]
 @click.option("--preprocess", metavar="FILE.toml", type=click.Path(path_type=Path),
               help="size, mean, std, color, layout; calibration/imagenet.toml is built in.")  # fmt: skip
 @click.option("--input-shape", type=Shape(), help="Input of the network; default: the images' own size.")
-@click.option("--scheme", default="depthwise_separable", show_default=True, type=click.Choice(tuple(SCHEMES)),
-              help="What convolutions become.")  # fmt: skip
+@click.option("--scheme", default=AUTO, show_default=True, type=click.Choice((AUTO, *SCHEMES)),
+              help="What convolutions become; auto measures every form of every layer on the target and takes the best "
+              "mix.")  # fmt: skip
+@click.option("--plan", type=click.Path(path_type=Path), metavar="FILE", help="Carry out this plan instead: the file "
+              "of 'sepdeploy plan', edited or not, or another bundle's plan.json.")  # fmt: skip
+@selection_options
 @scheme_options(SchemeOptions())
 @click.option("--linear", "includes_linear", is_flag=True, help="Replace nn.Linear layers too, as 1x1 convolutions, by "
               "the schemes that take those.")  # fmt: skip
 @click.option("--max-drop", type=click.FloatRange(0, 100), metavar="POINTS", help="Most accuracy that may be lost; "
-              "without it everything that becomes cheaper is replaced, whatever it costs.")  # fmt: skip
+              "without it a given --scheme or --plan replaces all it can, whatever it costs.")  # fmt: skip
 @click.option("--recoverable", type=click.FloatRange(0, 100), metavar="POINTS", help="How far beyond --max-drop the "
               "transfer may go because what follows wins it back (default "
               f"{RECOVERED_BY_RECONSTRUCTION:g} with reconstruction, {RECOVERED_BY_TRAINING:g} with training). Too "
@@ -73,6 +78,8 @@ def command(
     preprocess: Path | None,
     input_shape: tuple[int, int, int] | None,
     scheme: str,
+    plan: Path | None,
+    selection: dict[str, Any],
     scheme_options: dict[str, Any],
     includes_linear: bool,
     max_drop: float | None,
@@ -105,9 +112,8 @@ def command(
     the bundle was written but a promise is broken. A run that was stopped goes on where it was when repeated.
     """
     from sepdeploy.core.artifact import Format, Precision
-    from sepdeploy.core.options import ConvertOptions
+    from sepdeploy.core.options import ConvertOptions, SelectionOptions
     from sepdeploy.core.training import ReconstructOptions, TrainOptions
-    from sepdeploy.schemes.read_options import read_options
 
     if "auto" in lowering and len(lowering) > 1:
         raise click.UsageError("--lowering auto stands alone: it takes what suits each file")
@@ -121,7 +127,9 @@ def command(
         preprocess=preprocess,
         input_shape=input_shape,
         scheme=scheme,
-        scheme_options=read_options([scheme], scheme_options, SchemeOptions()),
+        scheme_options=_scheme_options(scheme, plan, scheme_options),
+        plan=plan,
+        selection=SelectionOptions(**selection),
         includes_linear=includes_linear,
         max_drop_points=max_drop,
         recoverable_points=recoverable,
@@ -146,3 +154,17 @@ def command(
         report = convert(options, progress)
     print_report(report, options.output_folder, as_json=as_json)
     return 0 if report.is_success else 1
+
+
+def _scheme_options(scheme: str, plan: Path | None, given: dict[str, Any]) -> SchemeOptions:
+    """The hyper-parameters of a scheme; a selection and a plan have their own."""
+    from sepdeploy.schemes.read_options import read_options
+
+    if scheme != AUTO and plan is not None:
+        raise click.UsageError("--plan says what every layer becomes: leave out --scheme")
+    if scheme != AUTO:
+        return read_options([scheme], given, SchemeOptions())
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"{names} belongs to a --scheme, and a selection or a plan chooses it: name a --scheme")
+    return SchemeOptions()

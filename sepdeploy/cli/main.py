@@ -18,6 +18,7 @@ __all__ = ["main", "program"]
 _COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "convert": ("sepdeploy.cli.convert", "Convert a trained network into a smaller, faster one, with proof."),
+        "plan": ("sepdeploy.cli.plan", "Weigh every form of every layer on the target; say what is best and why."),
         "finetune": (
             "sepdeploy.cli.finetune",
             "Train the network of a finished bundle, and export and measure it again.",
@@ -26,6 +27,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "design": ("sepdeploy.cli.design", "Build separable variants of a network, to be trained from scratch."),
         "schemes": ("sepdeploy.cli.schemes", "List the schemes, and what each costs for one convolution."),
         "bench": ("sepdeploy.cli.bench", "Measure the latency of ONNX and TFLite files on this CPU."),
+        "targets": ("sepdeploy.cli.targets", "List the targets: what is installed, and how many prices are known."),
     }
 )
 _INTERRUPTED = 130

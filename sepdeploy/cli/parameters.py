@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from sepdeploy.core.progress import Progress
     from sepdeploy.core.report import Report
 
-__all__ = ["CommaList", "Shape", "print_report", "print_tables", "shown_progress"]
+__all__ = ["Bytes", "CommaList", "Shape", "print_report", "print_tables", "shown_progress"]
 
 
 class Shape(click.ParamType):  # type: ignore[type-arg]
@@ -36,6 +37,23 @@ class Shape(click.ParamType):  # type: ignore[type-arg]
         if min(channels, height, width) < 1:
             self.fail(f"{value!r} has a size below 1", param, ctx)
         return channels, height, width
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A size with an optional unit: 300000, 300kB, 256KiB, 2MB."""
+
+    name = "BYTES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse '256KiB'."""
+        found = re.fullmatch(r"\s*([0-9.]+)\s*([kKmMgG]?)(i?)[bB]?\s*", str(value))
+        try:
+            number = float(found[1]) if found else 0.0
+        except ValueError:
+            number = 0.0
+        if found is None or number <= 0:
+            self.fail(f"{value!r} is not a size above 0, such as 300kB, 256KiB or 2MB", param, ctx)
+        return max(1, int(number * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " ")))
 
 
 class CommaList(click.ParamType):  # type: ignore[type-arg]
@@ -97,11 +115,13 @@ def print_report(report: Report, bundle: Path, *, as_json: bool) -> None:
         click.echo(to_json(report), nl=False)
         return
     from sepdeploy.render.format_numbers import printable
-    from sepdeploy.render.summary import verdict
+    from sepdeploy.render.summary import selection_sentence, verdict
     from sepdeploy.render.terminal import artifacts_table, recovery_table, summary_table
 
     recovery = (recovery_table(report),) if report.recovery else ()
     print_tables(*recovery, summary_table(report), artifacts_table(report))
+    if sentence := selection_sentence(report):
+        click.echo(sentence)
     for note in report.notes:
         click.echo(f"note: {printable(note)}")
     click.echo(verdict(report))

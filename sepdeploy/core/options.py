@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.core.training import ReconstructOptions, TrainOptions
 from sepdeploy.errors import UsageError
 
-__all__ = ["RECOVERED_BY_RECONSTRUCTION", "RECOVERED_BY_TRAINING", "TARGETS", "ConvertOptions", "MovedInputs"]
+__all__ = [
+    "AUTO",
+    "DEFAULT_MAX_DROP",
+    "RECOVERED_BY_RECONSTRUCTION",
+    "RECOVERED_BY_TRAINING",
+    "TARGETS",
+    "ConvertOptions",
+    "Goal",
+    "MovedInputs",
+    "SelectionOptions",
+]
 
 TARGETS: dict[str, Format] = {"ort": Format.ONNX, "litert": Format.TFLITE}
 """Runtime on this CPU -> the file format that it runs."""
@@ -20,6 +32,65 @@ RECOVERED_BY_RECONSTRUCTION = 3.0
 
 RECOVERED_BY_TRAINING = 10.0
 """The same with fine-tuning, sepdeploy's own or the user's. Too much costs a second training, never the promise."""
+
+
+AUTO = "auto"
+"""In the place of a scheme's name: every layer gets the form, or none, that is best for the target."""
+
+DEFAULT_MAX_DROP = 1.0
+"""Points that a selection may lose if no limit of any kind is given."""
+
+Goal = Literal["latency", "macs", "params"]
+"""What a selection makes small."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionOptions:
+    """What the selection of forms makes small, and within which limits besides --max-drop.
+
+    With a limit of latency, size or memory the damage is made small within it, else `goal` within --max-drop.
+
+    Attributes:
+        goal: What is made small.
+        max_latency: Longest inference on the target, in its unit (ms).
+        max_latency_ratio: The same as a share of the original's, in (0, 1].
+        max_size_bytes: Largest weights in the target's precision.
+        max_memory_bytes: Highest peak of activations in the target's precision.
+        seconds_per_block: Most time to measure one block.
+        pricing_seconds: Most time for all measurements; what is not measured by then is not chosen. None for no limit.
+
+    Raises:
+        UsageError: if a limit is out of range, or two are given.
+    """
+
+    goal: Goal = "latency"
+    max_latency: float | None = None
+    max_latency_ratio: float | None = None
+    max_size_bytes: int | None = None
+    max_memory_bytes: int | None = None
+    seconds_per_block: float = 0.5
+    pricing_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.goal not in get_args(Goal):
+            raise UsageError(f"there is no objective '{self.goal}'; choose one of {', '.join(get_args(Goal))}")
+        numbers = (self.max_latency, self.max_latency_ratio, self.max_size_bytes, self.max_memory_bytes)
+        if any(number is not None and not 0 < number < math.inf for number in numbers):
+            raise UsageError("--max-latency, --max-ratio, --max-size and --max-memory must be above 0")
+        if self.max_latency_ratio is not None and self.max_latency_ratio > 1:
+            raise UsageError(
+                f"--max-ratio is a share of the original's latency, at most 1, got {self.max_latency_ratio:g}"
+            )
+        if self.max_latency is not None and self.max_latency_ratio is not None:
+            raise UsageError("--max-latency and --max-ratio say the same: give one of them")
+        if not self.seconds_per_block > 0 or (self.pricing_seconds is not None and not self.pricing_seconds > 0):
+            raise UsageError("the time for measuring blocks must be above 0")
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether something is limited; then damage is what is made small."""
+        limits = (self.max_latency, self.max_latency_ratio, self.max_size_bytes, self.max_memory_bytes)
+        return any(limit is not None for limit in limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +104,13 @@ class ConvertOptions:
         validation: Images that quality is measured on; None holds out a quarter of the calibration images.
         preprocess: TOML file with the preprocessing; None takes a manifest's own, else RGB / 255.
         input_shape: (C, H, W); None takes the preprocessing's size, or the images' own.
-        scheme: Name of the scheme.
-        scheme_options: Its hyper-parameters.
+        scheme: Name of the scheme, or 'auto' to choose a form for every layer by measurement.
+        scheme_options: Its hyper-parameters; 'auto' chooses them.
+        plan: File of `sepdeploy plan`, or a bundle's plan.json, in the place of both.
+        selection: What 'auto' makes small, and limits besides `max_drop_points`.
         includes_linear: Whether to replace nn.Linear layers too, as 1x1 convolutions.
-        max_drop_points: Most accuracy that may be lost; None replaces all that the scheme can make cheaper.
+        max_drop_points: Most accuracy that may be lost; None replaces all that the scheme can make cheaper, or with
+            'auto' and no limit in `selection` is 1 point.
         recoverable_points: By how much the guard may exceed that, because reconstruction and training come after it;
             None takes what they usually win back.
         target: Runtime that the promises are about.
@@ -66,8 +140,10 @@ class ConvertOptions:
     validation: str | None = None
     preprocess: Path | None = None
     input_shape: tuple[int, int, int] | None = None
-    scheme: str = "depthwise_separable"
+    scheme: str = AUTO
     scheme_options: SchemeOptions = field(default_factory=SchemeOptions)
+    plan: Path | None = None
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
     includes_linear: bool = False
     max_drop_points: float | None = None
     recoverable_points: float | None = None
@@ -106,8 +182,17 @@ class ConvertOptions:
             raise UsageError("--recoverable adds to --max-drop: give both or neither")
         if self.recoverable_points is not None and not 0 <= self.recoverable_points <= 100:
             raise UsageError(f"--recoverable is in points, 0 to 100, got {self.recoverable_points:g}")
+        if not self.selects and self.selection != SelectionOptions():
+            raise UsageError("--objective and limits of latency, size and memory are for --scheme auto")
+        if self.selects and self.max_drop_points is None and not self.selection.has_limit:
+            object.__setattr__(self, "max_drop_points", DEFAULT_MAX_DROP)
         if self.calibration_images < 1 or self.threads < 1 or self.seed < 0 or not self.bench_seconds > 0:
             raise UsageError("--calibration-images, --threads and the bench time must be positive, --seed at least 0")
+
+    @property
+    def selects(self) -> bool:
+        """Whether a form is chosen for every layer by measurement."""
+        return self.scheme == AUTO and self.plan is None
 
     @property
     def output_folder(self) -> Path:

@@ -48,6 +48,10 @@ class Reason(Enum):
     SCHEME_IS_DENSE = "the dense scheme replaces nothing"
     EXCEEDS_MAX_DROP = "replacing it breaks --max-drop"
     NOT_TRIED = "the guard ended before its turn: the convolutions before it used up --max-drop"
+    NOTHING_WEIGHED = "none of its separable forms could be built and measured for the target"
+    NOT_FASTER = "none of its separable forms is faster on the target"
+    NOT_CHOSEN = "what its separable forms save does less damage elsewhere"
+    NOT_FASTER_WHOLE = "with it replaced the whole network did not measure faster"
     REPLACEMENT_FAILS = "the network does not run with it replaced"
 
 
@@ -127,12 +131,14 @@ class Candidate:
         form: The chains that compute it.
         macs: Multiply-accumulates of all its calls for one image.
         params: Weights and biases.
+        lowering: How it is written down in the target's file, lowerings in order; None takes what suits each file.
     """
 
     scheme: str
     form: ChainSum
     macs: int
     params: int
+    lowering: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

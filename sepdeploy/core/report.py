@@ -18,6 +18,7 @@ __all__ = [
     "LayerTransfer",
     "NetworkCost",
     "Report",
+    "SelectionSummary",
 ]
 
 
@@ -128,6 +129,33 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class SelectionSummary:
+    """How the cost of a chosen plan was predicted and what it measured.
+
+    Attributes:
+        unit: Of the costs.
+        original_cost: Of the whole original network when the candidates were priced, median.
+        predicted_cost: Of the plan: that and the differences of all its blocks.
+        measured_cost: Of its file, in the same run as the original; None where nothing is replaced.
+        speedup: Measured, None likewise.
+        speedup_low: Lower end of its interval.
+        speedup_high: Upper end.
+        given_up: Layers that went back to what they were because the whole did not measure faster.
+        notes: What the user should know of the pricing.
+    """
+
+    unit: str
+    original_cost: float
+    predicted_cost: float
+    measured_cost: float | None
+    speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
+    given_up: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """One conversion, whole.
 
@@ -158,6 +186,7 @@ class Report:
         artifacts: Every deployable file, original and converted.
         checks: The promises.
         notes: Sentences that the user should read, such as what was assumed.
+        selection: How the plan's cost was predicted and measured; None unless it was chosen layer by layer.
     """
 
     version: str
@@ -186,6 +215,7 @@ class Report:
     artifacts: tuple[ArtifactResult, ...]
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
+    selection: SelectionSummary | None = None
 
     @property
     def is_success(self) -> bool:

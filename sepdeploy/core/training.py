@@ -47,9 +47,9 @@ class ReconstructOptions:
     """
 
     block_steps: int = 100
-    network_steps: int = 800
+    network_steps: int = 1600
     batch_size: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     augment: tuple[AugmentName, ...] | None = None
     seed: int = 0
 

@@ -52,7 +52,9 @@ class LoweredChain:
     refused: tuple[tuple[str, Refusal], ...]
 
 
-def lower_chains(model: nn.Module, names: Sequence[str]) -> tuple[LoweredChain, ...]:
+def lower_chains(
+    model: nn.Module, names: Sequence[str], own: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> tuple[LoweredChain, ...]:
     """Rewrite every `ChainConv2d` of a network by the lowerings in turn; in place.
 
     Lowered modules compute the same in eval mode, and are for export only: training would undo what makes them equal,
@@ -61,6 +63,7 @@ def lower_chains(model: nn.Module, names: Sequence[str]) -> tuple[LoweredChain, 
     Args:
         model: The network.
         names: Lowerings, in the order of their application.
+        own: Name of a chain -> the lowerings that it gets instead.
 
     Returns:
         One entry per `ChainConv2d`, changed or not.
@@ -68,10 +71,10 @@ def lower_chains(model: nn.Module, names: Sequence[str]) -> tuple[LoweredChain, 
     Raises:
         UsageError: if there is no lowering of one of the names.
     """
-    lowerings = [find_lowering(name) for name in names]
+    common = [find_lowering(name) for name in names]
     results, replacements = [], {}
     for name, module in _chains(model).items():
-        terms, lowered = _lower(name, module.weighted(), lowerings)
+        terms, lowered = _lower(name, module.weighted(), _lowerings_of(name, common, own))
         results.append(lowered)
         if lowered.applied:
             dtype = next(module.parameters()).dtype
@@ -80,16 +83,21 @@ def lower_chains(model: nn.Module, names: Sequence[str]) -> tuple[LoweredChain, 
     return tuple(results)
 
 
-def try_lowerings(model: nn.Module, names: Sequence[str]) -> tuple[LoweredChain, ...]:
+def try_lowerings(
+    model: nn.Module, names: Sequence[str], own: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> tuple[LoweredChain, ...]:
     """What `lower_chains` would do; nothing is changed."""
-    lowerings = [find_lowering(name) for name in names]
-    return tuple(_lower(name, module.weighted(), lowerings)[1] for name, module in _chains(model).items())
+    common = [find_lowering(name) for name in names]
+    return tuple(
+        _lower(name, module.weighted(), _lowerings_of(name, common, own))[1] for name, module in _chains(model).items()
+    )
 
 
-def lowerings_that_apply(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the lowerings that change a chain of the network; the others may be left out."""
-    lowered = try_lowerings(model, names)
-    return tuple(name for name in names if any(name in chain.applied for chain in lowered))
+def lowerings_that_apply(
+    model: nn.Module, names: Sequence[str], own: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> dict[str, tuple[str, ...]]:
+    """Chain -> those of its lowerings that change it; chains that stay as they are are left out."""
+    return {chain.name: chain.applied for chain in try_lowerings(model, names, own) if chain.applied}
 
 
 def _chains(model: nn.Module) -> dict[str, ChainConv2d]:
@@ -99,6 +107,10 @@ def _chains(model: nn.Module) -> dict[str, ChainConv2d]:
         for name, module in model.named_modules()
         if isinstance(module, ChainConv2d) and sum(isinstance(part, ChainConv2d) for part in module.modules()) == 1
     }
+
+
+def _lowerings_of(name: str, common: Sequence[Lowering], own: Mapping[str, Sequence[str]]) -> Sequence[Lowering]:
+    return [find_lowering(each) for each in own[name]] if name in own else common
 
 
 def _lower(name: str, terms: WeightedSum, lowerings: Sequence[Lowering]) -> tuple[WeightedSum, LoweredChain]:

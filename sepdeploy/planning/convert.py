@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from sepdeploy.core.chain import ChainSum
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.report import LayerTransfer
@@ -17,8 +18,8 @@ from sepdeploy.transfer.layer import Batches, TransferMethod, transfer_layer
 
 __all__ = ["TransferMemory", "convert_network"]
 
-TransferMemory = dict[tuple[str, ...], tuple[ChainConv2d, LayerTransfer]]
-"""(replaced convolutions before it ..., its own name) -> the finished layer."""
+TransferMemory = dict[tuple[tuple[str, ChainSum], ...], tuple[ChainConv2d, LayerTransfer]]
+"""(what was replaced by what before it ..., its own name and form) -> the finished layer."""
 
 
 def convert_network(
@@ -40,9 +41,9 @@ def convert_network(
         plan: What to replace by what.
         batches: Calibration images.
         method: How weights are found.
-        memory: Layers transferred before, which is extended. A layer depends only on which layers before it are
-            replaced, so growing a plan at its end costs only the new layers. Valid for one network, one set of images
-            and one candidate per convolution.
+        memory: Layers transferred before, which is extended. A layer depends only on what the layers before it are
+            replaced by, so changing a plan at its end costs only the new layers. Valid for one network, one set of
+            images and one method.
         is_quick: Whether to leave out what takes most of the time and adds the least, for comparing layers.
         progress: Called with (layers done, layers in all).
 
@@ -61,16 +62,16 @@ def convert_network(
         )
     converted = copy_network(original)
     transfers: list[LayerTransfer] = []
-    done: tuple[str, ...] = ()
+    done: tuple[tuple[str, ChainSum], ...] = ()
     for site in trace.sites:
         if site.name not in replaced:
             continue
-        key = (*done, site.name)
+        candidate = replaced[site.name]
+        key = (*done, (site.name, candidate.form))
         if memory is not None and key in memory:
             module, transfer = memory[key]
             module = copy.deepcopy(module)  # passes on one network must not reach another
         else:
-            candidate = replaced[site.name]
             module, transfer = transfer_layer(original, converted, site, candidate, batches, method, is_quick=is_quick)
             if memory is not None:
                 memory[key] = (copy.deepcopy(module), transfer)

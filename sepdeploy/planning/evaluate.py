@@ -143,12 +143,15 @@ class Evaluator:
                 )
         return outputs
 
-    def quality(self, network: nn.Module, limit_points: float | None = None) -> tuple[Quality, bool]:
+    def quality(
+        self, network: nn.Module, limit_points: float | None = None, *, most: int | None = None
+    ) -> tuple[Quality, bool]:
         """The quality of `network`, and whether the evaluation ended early.
 
         Args:
             network: With the same outputs as the original.
             limit_points: If given, stop as soon as the drop is clearly above or clearly below it.
+            most: If given, stop after so many images, rounded up to batches.
         """
         meter = QualityMeter()
         drops = _PairedDrops()
@@ -160,6 +163,8 @@ class Evaluator:
             done += len(batch)
             if self._progress:
                 self._progress(done, len(self._images))
+            if most is not None and done >= most:
+                return meter.result(None), done < len(self._images)
             if limit_points is not None and done < len(self._images) and drops.is_clear(limit_points):
                 return meter.result(None), True
         return meter.result(None), False

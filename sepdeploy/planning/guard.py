@@ -2,8 +2,9 @@
 
 Convolutions are ordered by damage: the change of the network's output with one of them replaced alone, per
 multiply-accumulate saved. The longest prefix of that order that holds the limit is found by bisection, then single
-convolutions behind it are tried. Every set is transferred anew and measured on the validation images; an evaluation
-that is clearly decided ends early, but the network handed over has always been measured on all of them.
+convolutions behind it are tried. Every set is transferred anew and measured on the validation images: quickly while
+searching, which loses a little more than the full transfer of the network handed over. An evaluation that is clearly
+decided ends early, but that network has always been measured on all images.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def guard_plan(
     candidates = tuple(plan.replaced)
     if max_drop_points is None or not candidates:
         return run.finish(candidates)
-    if run.measure(candidates, candidates).is_accepted:
+    if run.measure(candidates, candidates, is_quick=False).is_accepted:
         guarded = run.finish(candidates)
         if guarded.quality.drop_points <= max_drop_points:
             return guarded
@@ -122,24 +123,29 @@ class _Run:
         self.steps: list[GuardStep] = []
         self.details: dict[str, str] = {}
         self.untried: set[str] = set()
-        self._transfers: TransferMemory = {}
+        self._transfers: dict[bool, TransferMemory] = {True: {}, False: {}}  # quick, in full
         self._full: dict[frozenset[str], Quality] = {frozenset(): evaluator.original_quality()}
 
-    def build(self, names: Sequence[str]) -> tuple[nn.Module, tuple[LayerTransfer, ...]]:
+    def build(self, names: Sequence[str], *, is_quick: bool) -> tuple[nn.Module, tuple[LayerTransfer, ...]]:
         """The network with exactly `names` replaced."""
-        subset = self._plan_for(names)
         return convert_network(
-            self.original, self.trace, subset, self.batches, method=self.method, memory=self._transfers
+            self.original,
+            self.trace,
+            self._plan_for(names),
+            self.batches,
+            method=self.method,
+            memory=self._transfers[is_quick],
+            is_quick=is_quick,
         )
 
-    def measure(self, names: Sequence[str], added: Sequence[str]) -> GuardStep:
+    def measure(self, names: Sequence[str], added: Sequence[str], *, is_quick: bool = True) -> GuardStep:
         """Whether the network with `names` replaced holds the limit; records the step."""
         assert self.limit is not None
         key = f"{self.limit!r}: " + " ".join(sorted(names))
         known = self.memory.get(key)
         if not isinstance(known, GuardStep):
             self.progress(f"guard: {len(names)} of {len(self.plan.replaced)} convolutions replaced")
-            network, _ = self.build(names)
+            network, _ = self.build(names, is_quick=is_quick)
             quality, is_partial = self.evaluator.quality(network, self.limit)
             known = GuardStep(
                 added=tuple(added),
@@ -150,7 +156,7 @@ class _Run:
                 is_partial=is_partial,
             )
             self.memory[key] = known
-            if not is_partial:
+            if not is_partial and not is_quick:
                 self._full[frozenset(names)] = quality
         if known not in self.steps:
             self.steps.append(known)
@@ -210,7 +216,7 @@ class _Run:
     def finish(self, names: Sequence[str]) -> Guarded:
         """The network with `names` replaced, measured on all images."""
         self.progress(f"guard: measuring the network with {len(names)} convolutions replaced on all images")
-        network, transfers = self.build(names)
+        network, transfers = self.build(names, is_quick=False)
         quality = self._full.get(frozenset(names)) or self.evaluator.quality(network)[0]
         is_accepted = self.limit is None or quality.drop_points <= self.limit
         step = GuardStep((), len(names), quality.drop_points, quality.images, is_accepted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ __all__ = [
     "plan_sentence",
     "quality_ratio",
     "recovery_sentence",
+    "selection_sentence",
     "speedup_between",
     "speedup_text",
     "summarize",
@@ -213,6 +215,20 @@ def recovery_sentence(report: Report) -> str:
     return (
         f"{change}Damage: change of the outputs against the original's on {_judges_text(report)} (divergence of the "
         "class probabilities in nats, or squared relative error)."
+    )
+
+
+def selection_sentence(report: Report) -> str:
+    """How well the sum of the blocks' prices predicted the whole; empty if nothing was chosen by prices."""
+    selection = report.selection
+    if selection is None or selection.measured_cost is None or selection.speedup is None:
+        return ""
+    predicted = selection.original_cost / selection.predicted_cost if selection.predicted_cost > 0 else math.inf
+    unit = selection.unit
+    return (
+        f"Chosen by prices measured block by block: {three_digits(selection.original_cost)} {unit} for the original, "
+        f"{three_digits(selection.predicted_cost)} {unit} predicted ({times_text(predicted)}); measured as a whole "
+        f"right after the choice: {three_digits(selection.measured_cost)} {unit} ({times_text(selection.speedup)})."
     )
 
 

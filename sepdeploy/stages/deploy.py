@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -21,8 +21,9 @@ from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import replacing, sha256_of_file
-from sepdeploy.core.measurement import Quality
+from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.options import TARGETS, ConvertOptions
+from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import ArtifactResult
 from sepdeploy.core.stage_store import StageStore
@@ -42,6 +43,7 @@ __all__ = [
     "measure_latency",
     "measure_network",
     "measure_quality",
+    "target_latency",
     "versions",
     "wanted_lowerings",
 ]
@@ -112,11 +114,13 @@ def deploy(
     role: Role,
     weights_sha256: str,
     progress: Progress,
+    plan: Plan | None = None,
 ) -> list[ArtifactResult]:
     """Export and quantize one network to every format; the files' qualities and latencies are still open.
 
-    The chains of a converted network are lowered for each file (`wanted_lowerings`). An int8 file is quantized from the
-    float32 file where both want the same form, else from a float32 file of its own, `work/int8_source.*`.
+    The chains of a converted network are lowered for each file (`wanted_lowerings`), in the target's file as `plan` has
+    chosen for each. An int8 file is quantized from the float32 file where both want the same form, else from a float32
+    file of its own, `work/int8_source.*`.
 
     Raises:
         UsageError: if `options` name a lowering that does not exist.
@@ -131,7 +135,11 @@ def deploy(
         float_path = artifact_path(store.folder, file_format, Precision.FLOAT32, role)
         int8_path = artifact_path(store.folder, file_format, Precision.INT8, role)
         lowering, int8_lowering = (
-            lowerings_that_apply(network, wanted_lowerings(options, file_format, precision))
+            lowerings_that_apply(
+                network,
+                wanted_lowerings(options, file_format, precision),
+                _chosen_lowerings(options, file_format, precision, plan),
+            )
             for precision in (Precision.FLOAT32, Precision.INT8)
         )
         maker.export(file_format, float_path, lowering)
@@ -150,6 +158,17 @@ def deploy(
 def wanted_lowerings(options: ConvertOptions, file_format: Format, precision: Precision) -> tuple[str, ...]:
     """The lowerings that one kind of file is to have: the user's, or the best known ones."""
     return DEFAULT_LOWERINGS[file_format, precision] if options.lowering is None else options.lowering
+
+
+def _chosen_lowerings(
+    options: ConvertOptions, file_format: Format, precision: Precision, plan: Plan | None
+) -> dict[str, tuple[str, ...]]:
+    """Layer -> how the plan wants it written down in this file; nothing where the user said how, or it is another."""
+    if plan is None or options.lowering is not None:
+        return {}
+    if (file_format, precision) != (TARGETS[options.target], options.precision):
+        return {}
+    return {name: c.lowering for name, c in plan.replaced.items() if c.lowering is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +195,14 @@ class _FileMaker:
     weights_sha256: str
     progress: Progress
 
-    def export(self, file_format: Format, path: Path, lowering: tuple[str, ...]) -> None:
+    def export(self, file_format: Format, path: Path, lowering: Mapping[str, tuple[str, ...]]) -> None:
         """Write the network in float32, its chains lowered."""
         is_source = path.parent == self.store.work
         key = {
             **self.inputs.network_key(),
             "weights": self.weights_sha256,
             "versions": versions(),
-            "lowering": lowering,
+            "lowering": dict(lowering),
         }
 
         def make() -> None:
@@ -192,7 +211,7 @@ class _FileMaker:
             network = self.folded()
             if lowering:
                 network = copy_network(network)
-                lower_chains(network, lowering)
+                lower_chains(network, (), lowering)
             transposes = self._transposes(file_format)
             with replacing(path) as temporary:
                 _export(network, self.batch[:1], temporary, file_format, is_channels_last=transposes)
@@ -204,7 +223,7 @@ class _FileMaker:
         name = f"export {self.role.value} {file_format.value}{' for int8' if is_source else ''}"
         self.store.run(name, key, (path,), make)
 
-    def quantize(self, file_format: Format, source: Path, path: Path, lowering: tuple[str, ...]) -> None:
+    def quantize(self, file_format: Format, source: Path, path: Path, lowering: Mapping[str, tuple[str, ...]]) -> None:
         """Write the int8 file that the float32 file `source` becomes."""
         key = {
             "source": sha256_of_file(source),
@@ -212,7 +231,7 @@ class _FileMaker:
             "version": __version__,
             "versions": versions(),
             "saturates": saturates_u8s8(),
-            "lowering": lowering,
+            "lowering": dict(lowering),
         }
 
         def make() -> None:
@@ -301,6 +320,21 @@ def measure_network(
     }
     store.run("quality network", key, (path,), make)
     return read_json(Quality, path)
+
+
+def target_latency(results: Sequence[ArtifactResult], options: ConvertOptions) -> Latency:
+    """Latency of the last of some files of the target; against the first, interleaved, if there are several."""
+    sessions = {
+        r.artifact.role.value: open_session(
+            Path(r.artifact.path), threads=options.threads, is_channels_last=r.artifact.is_channels_last
+        )
+        for r in results
+    }
+    reference = Role.ORIGINAL.value if len(sessions) > 1 else None
+    latencies = measure(
+        sessions, reference=reference, threads=options.threads, seconds=options.bench_seconds, seed=options.seed
+    )
+    return latencies[results[-1].artifact.role.value]
 
 
 def measure_latency(results: list[ArtifactResult], options: ConvertOptions, progress: Progress) -> list[ArtifactResult]:

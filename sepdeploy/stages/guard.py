@@ -18,7 +18,7 @@ from sepdeploy.core.measurement import Quality
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress
-from sepdeploy.core.report import GuardStep, LayerTransfer
+from sepdeploy.core.report import GuardStep, LayerTransfer, SelectionSummary
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import UsageError
 from sepdeploy.planning.candidates import drop_failing, propose_plan
@@ -30,7 +30,7 @@ from sepdeploy.stages.load import Inputs
 if TYPE_CHECKING:
     from sepdeploy.transfer.layer import TransferMethod
 
-__all__ = ["TRANSFERRED", "GuardRecord", "guard_files", "propose", "run_guard", "trace", "trace_key"]
+__all__ = ["TRANSFERRED", "GuardRecord", "MemoryFile", "guard_files", "propose", "run_guard", "trace", "trace_key"]
 
 TRANSFERRED = "transferred"
 """The network that the guard leaves in work/, before anything is recovered."""
@@ -45,12 +45,14 @@ class GuardRecord:
         steps: Every set that was measured.
         quality: Of the converted PyTorch network, before recovery.
         limit_points: What it was allowed to lose; None if there was no limit.
+        selection: How the plan was predicted and measured, where it was chosen layer by layer.
     """
 
     transfers: tuple[LayerTransfer, ...]
     steps: tuple[GuardStep, ...]
     quality: Quality
     limit_points: float | None
+    selection: SelectionSummary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class _Measured:
     steps: dict[str, GuardStep]
 
 
-class _MemoryFile(MutableMapping[str, "float | GuardStep"]):
+class MemoryFile(MutableMapping[str, "float | GuardStep"]):
     """What the guard measured, written to disk with each entry, so that a killed run goes on where it was."""
 
     def __init__(self, path: Path, inputs: dict[str, object]) -> None:
@@ -112,18 +114,21 @@ def trace_key(options: ConvertOptions, inputs: Inputs) -> dict[str, object]:
     return {**inputs.network_key(), "includes_linear": options.includes_linear}
 
 
-def propose(store: StageStore, options: ConvertOptions, inputs: Inputs, traced: Trace) -> Plan:
-    """Everything that the scheme can replace, whatever it costs in accuracy; work/proposal.json."""
+def propose(
+    store: StageStore, options: ConvertOptions, inputs: Inputs, traced: Trace, given: Plan | None = None
+) -> Plan:
+    """Everything that the scheme, or a plan that the user gives, can replace; work/proposal.json."""
     path = store.work / "proposal.json"
     key = {
         **inputs.network_key(),
         "scheme": options.scheme,
         "options": repr(options.scheme_options),
+        "given": None if given is None else sha256_of_bytes(to_json(given).encode()),
         "includes_linear": options.includes_linear,
     }
 
     def make() -> None:
-        plan = propose_plan(traced, options.scheme, options.scheme_options, inputs.network)
+        plan = given or propose_plan(traced, options.scheme, options.scheme_options, inputs.network)
         write_json(path, drop_failing(inputs.network, traced, plan, inputs.example()))
 
     store.run("plan", key, (path,), make)
@@ -167,7 +172,7 @@ def run_guard(
             evaluator,
             max_drop_points=limit_points,
             method=cast("TransferMethod", options.transfer),
-            memory=_MemoryFile(store.work / "guard_memory.json", basis),
+            memory=MemoryFile(store.work / "guard_memory.json", basis),
             progress=progress.stage,
         )
         store.before_change()

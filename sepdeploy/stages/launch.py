@@ -59,6 +59,16 @@ class Processes:
         dist.barrier(group=self.group)
         return said[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process says, in the order of their ranks; each waits here for the others."""
+        if self.group is None:
+            return [value]
+        import torch.distributed as dist
+
+        said = [None] * self.count
+        dist.all_gather_object(said, value, group=self.group)
+        return said
+
 
 def launched_processes() -> int:
     """How many processes a launcher has started together; 1 without one."""

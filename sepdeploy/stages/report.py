@@ -117,7 +117,9 @@ def make_report(
             *_memory_notes(options, plan, memory_before, memory_after),
             *_lowering_notes(options, network),
             *_file_notes(options, in_bundle),
+            *_selection_notes(guard),
         ),
+        selection=guard.selection,
     )
 
 
@@ -174,7 +176,8 @@ def _checks(
 def _speed_check(options: ConvertOptions, plan: Plan, converted: ArtifactResult) -> Check:
     latency = converted.latency
     if not plan.replaced:
-        return Check("speed", False, "no convolution could be replaced, so nothing became faster; the plan says why")
+        what = "no form measured faster within the limits" if options.selects else "no convolution could be replaced"
+        return Check("speed", False, f"{what}, so the files hold the original network; the plan says why")
     if latency is None or latency.speedup is None or latency.speedup_low is None:
         raise ContractError("the target's file was not timed against the original")
     threads = f"{latency.environment.threads} thread{'s' if latency.environment.threads > 1 else ''}"
@@ -184,8 +187,26 @@ def _speed_check(options: ConvertOptions, plan: Plan, converted: ArtifactResult)
     )
     is_faster = latency.speedup_low > 1
     if not is_faster:
-        sentence += "; try another --scheme, fewer --terms, another --target or --precision"
+        sentence += (
+            "; it was when the plan was checked: this machine is busier or slower now, repeat on an idle one"
+            if options.selects
+            else "; try --scheme auto, another --target or another --precision"
+        )
     return Check("speed", is_faster, sentence)
+
+
+def _selection_notes(guard: GuardRecord) -> tuple[str, ...]:
+    """What the choice by measurement had to take back."""
+    if guard.selection is None:
+        return ()
+    names = guard.selection.given_up
+    if not names:
+        return guard.selection.notes
+    return (
+        *guard.selection.notes,
+        f"{plural(len(names), 'layer')} went back to what they were, because the network as a whole did not measure "
+        f"faster with them: {', '.join(names)}",
+    )
 
 
 def _quality_notes(inputs: Inputs, traced: Trace, quality: Quality) -> tuple[str, ...]:

@@ -12,26 +12,43 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from sepdeploy.core.chain import Factor
 from sepdeploy.core.conv import ConvSite
 from sepdeploy.core.plan import Candidate
 from sepdeploy.core.report import LayerTransfer
 from sepdeploy.errors import ContractError, UnsupportedModelError
-from sepdeploy.schemes.kernels import compose_kernels, join_groups, kernel_error, split_groups
+from sepdeploy.schemes.kernels import compose_kernels, kernel_error
 from sepdeploy.schemes.module import ChainConv2d, chain_class, layer_kernel
 from sepdeploy.schemes.scheme import Scheme, find_scheme
 from sepdeploy.transfer.anchor import Anchor, find_anchor, run_to_anchor
+from sepdeploy.transfer.last_factors import (
+    best_solution,
+    grouped_outputs,
+    last_factor_columns,
+    last_factors_as_matrix,
+    set_last_factors,
+)
 from sepdeploy.transfer.moments import LeastSquaresSums, patch_moments, patches
 from sepdeploy.transfer.prefix import run_until
 from sepdeploy.transfer.refine import MAX_WINDOW_FEATURES, refine_factors
 
-__all__ = ["Batches", "TransferMethod", "transfer_layer"]
+__all__ = [
+    "Batches",
+    "TransferMethod",
+    "anchor_of",
+    "held_out_images",
+    "held_out_rows",
+    "input_moments",
+    "not_finite",
+    "transfer_layer",
+]
 
 Batches = Callable[[], Iterable[Tensor]]
 """Starts a new pass over the calibration images: batches as the network takes them, float32."""
@@ -58,8 +75,6 @@ _ANCHOR_IMAGES = 8
 
 _SAME_KERNEL = 1e-6
 """Relative change of a kernel below which two factorizations compute the same."""
-
-_RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @torch.no_grad()
@@ -101,16 +116,16 @@ def transfer_layer(
     if method == "data-free":
         return module, LayerTransfer(site.name, error, None, method)
     if method == "whitened":
-        moments = _input_moments(module, original, site, batches)
+        (moments,) = input_moments((module,), original, site, batches)
         if moments is not None:
             module.set_weights(scheme.factorize(weight, candidate.form, moments), bias)
         return module, LayerTransfer(site.name, error, None, method)
 
-    anchor = _anchor_of(original, site, batches)
+    anchor = anchor_of(original, site, batches)
     slopes = weight.new_ones(len(weight)).double() if anchor is None else anchor.slopes
     # In units of the anchor, so that each channel counts as much as it does there.
     scaled = (weight.double() * slopes[:, None, None, None]).to(weight.dtype)
-    moments = _input_moments(module, converted, site, batches)
+    (moments,) = input_moments((module,), converted, site, batches)
     factors = data_free if moments is None and anchor is None else scheme.factorize(scaled, candidate.form, moments)
     module.set_weights(factors, None if bias is None else bias * slopes)
     output_error = _fit(module, original, converted, site, anchor, batches, is_quick=is_quick)
@@ -119,7 +134,7 @@ def transfer_layer(
     return module, LayerTransfer(site.name, error, output_error, method)
 
 
-def _anchor_of(original: nn.Module, site: ConvSite, batches: Batches) -> Anchor | None:
+def anchor_of(original: nn.Module, site: ConvSite, batches: Batches) -> Anchor | None:
     """Where the layer is held against the original network; None for its own output."""
     if len(site.calls) != 1:
         return None
@@ -142,29 +157,39 @@ def _factorize_anew(module: ChainConv2d, scheme: Scheme, moments: Tensor | None)
         module.set_weights(weights, module.bias)
 
 
-def _input_moments(module: ChainConv2d, converted: nn.Module, site: ConvSite, batches: Batches) -> Tensor | None:
-    """Second moments of the first factor's patches on the converted network's own inputs, (G, n, n) float64.
+def input_moments(
+    modules: Sequence[ChainConv2d], converted: nn.Module, site: ConvSite, batches: Batches
+) -> tuple[Tensor | None, ...]:
+    """Second moments of the first factor's patches on the converted network's own inputs, (G, n, n) float64 each.
 
-    None if the patches are too wide.
+    One pass for all modules, which are forms of the same layer; None where the patches are too wide.
     """
-    first = module.form.terms[0].factors[0]
-    if math.prod(first.weight_shape[1:]) > _MAX_MOMENT_FEATURES:
-        return None
-    total: Tensor | None = None
+    firsts = [module.form.terms[0].factors[0] for module in modules]
+    narrow = [first if math.prod(first.weight_shape[1:]) <= _MAX_MOMENT_FEATURES else None for first in firsts]
+    # Moments do not depend on how many channels the factor returns.
+    wanted = {_reading_of(first): first for first in narrow if first is not None}
+    totals: dict[Factor, Tensor] = {}
     images = 0
-    for batch in batches():
+    for batch in batches() if wanted else ():
         batch = batch[: _MOMENT_IMAGES - images]
         images += len(batch)
         for x in run_until(converted, site.name, batch, calls=len(site.calls), needs_outputs=False).inputs:
-            part = patch_moments(module.pad(x), first)
-            total = part if total is None else total + part
+            padded = modules[0].pad(x)
+            for key, first in wanted.items():
+                part = patch_moments(padded, first)
+                totals[key] = totals[key] + part if key in totals else part
         if images == _MOMENT_IMAGES:
             break
-    if total is None:
+    if len(totals) < len(wanted):
         raise ContractError("no calibration images")
-    if not bool(torch.isfinite(total).all()):
-        raise UnsupportedModelError(_not_finite(site))
-    return total
+    if not all(bool(torch.isfinite(total).all()) for total in totals.values()):
+        raise UnsupportedModelError(not_finite(site))
+    return tuple(None if first is None else totals[_reading_of(first)] for first in narrow)
+
+
+def _reading_of(factor: Factor) -> Factor:
+    """A factor that reads the same patches, whatever it returns."""
+    return replace(factor, out_channels=factor.groups, has_bias=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +252,7 @@ def _read(
 
     In the first one the layer in the converted network returns what the original one does, later what `module` does.
     """
-    prior = _last_factors_as_matrix(module)
+    prior = last_factors_as_matrix(module)
     groups, features, outputs = prior.shape
     out_groups = module.form.terms[0].factors[-1].out_groups
     fit, held_out = (LeastSquaresSums(groups, features - 1, outputs) for _ in range(2))
@@ -243,18 +268,18 @@ def _read(
     for batch in batches():
         if images >= _ENOUGH_IMAGES and fit.positions + held_out.positions >= _ENOUGH_POSITIONS:
             break
-        is_held_out = _held_out(images, len(batch))
+        is_held_out = held_out_images(images, len(batch))
         images += len(batch)
         for x, y in _pairs(module, original, converted, site, anchor, batch, is_held_out, errors, is_first=is_first):
             # Under autocast the network may hand on half precision.
             x = x.to(module.factor_weights()[0][-1].dtype)
-            rows = _rows(is_held_out, x)
+            rows = held_out_rows(is_held_out, x)
             for sums, window_sums, part in ((fit, window_fit, ~rows), (held_out, window_held_out, rows)):
                 if len(x[part]):
-                    sums.add(_last_factor_columns(module, x[part]), _grouped_outputs(y[part], out_groups))
+                    sums.add(last_factor_columns(module, x[part]), grouped_outputs(y[part], out_groups))
                 if is_narrow and len(x[part]):
                     columns = patches(module.pad(x[part]), window)
-                    window_sums.add(columns, _grouped_outputs(y[part], window.out_groups))
+                    window_sums.add(columns, grouped_outputs(y[part], window.out_groups))
     return _Reading(fit, held_out, window_fit, window_held_out, errors.ratio(), images)
 
 
@@ -271,7 +296,7 @@ def _held_out_error(
     errors = _AnchorErrors()
     seen = 0
     for batch in batches():
-        rows = _held_out(seen, len(batch))
+        rows = held_out_images(seen, len(batch))
         if bool(rows.any()) or images < _HELD_OUT_EVERY:
             part = batch if images < _HELD_OUT_EVERY else batch[rows]
             every = torch.ones(len(part), dtype=torch.bool)
@@ -282,15 +307,15 @@ def _held_out_error(
     return errors.ratio()
 
 
-def _held_out(first: int, count: int) -> Tensor:
+def held_out_images(first: int, count: int) -> Tensor:
     """Which images of a batch, whose first one has the number `first` among all, are held out; (count,)."""
     return torch.arange(first, first + count) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
 
 
-def _rows(is_held_out: Tensor, x: Tensor) -> Tensor:
+def held_out_rows(is_held_out: Tensor, x: Tensor) -> Tensor:
     """The same for the rows of `x`: linear layers have several positions per image."""
     repeats, rest = divmod(len(x), len(is_held_out))
-    return _held_out(0, len(x)) if rest else is_held_out.repeat_interleave(repeats)
+    return held_out_images(0, len(x)) if rest else is_held_out.repeat_interleave(repeats)
 
 
 class _AnchorErrors:
@@ -302,7 +327,7 @@ class _AnchorErrors:
 
     def add(self, wanted: Tensor, result: Tensor, is_held_out: Tensor) -> None:
         """Add a batch, (N, C, H, W) each, and which of its images are held out."""
-        rows = _rows(is_held_out, wanted)
+        rows = held_out_rows(is_held_out, wanted)
         for index, part in enumerate((rows, torch.ones_like(rows))):
             self._squares[index] += float((wanted[part] - result[part]).double().square().sum())
             self._energies[index] += float(wanted[part].double().square().sum())
@@ -347,75 +372,18 @@ def _solve(module: ChainConv2d, site: ConvSite, reading: _Reading) -> float:
     """Solve for the last factors, then refine all, in place; returns the relative error of the outputs."""
     total = reading.fit + reading.held_out
     if not math.isfinite(total.target_energy) or not bool(torch.isfinite(total.gram).all()):
-        raise UnsupportedModelError(_not_finite(site))
-    solution = _best_solution(reading.fit, reading.held_out, total, _last_factors_as_matrix(module))
-    _set_last_factors(module, solution)
+        raise UnsupportedModelError(not_finite(site))
+    solution = best_solution(reading.fit, reading.held_out, total, last_factors_as_matrix(module))
+    set_last_factors(module, solution)
     if reading.window_fit.positions:
         return refine_factors(module, reading.window_fit, reading.window_held_out)
     energy = max(total.target_energy, 1e-30)
     return float((total.squared_error(solution) / energy) ** 0.5)
 
 
-def _not_finite(site: ConvSite) -> str:
+def not_finite(site: ConvSite) -> str:
     """The sentence for a network whose activations overflow."""
     return (
         f"the convolution {site.name} reads or returns NaN or values too large for float32 on the calibration images; "
         "check the preprocess file and the checkpoint"
     )
-
-
-def _best_solution(fit: LeastSquaresSums, held_out: LeastSquaresSums, total: LeastSquaresSums, prior: Tensor) -> Tensor:
-    """The solution with the ridge that does best on held-out positions; the prior itself if none beats it."""
-    if held_out.positions == 0:
-        return total.solve(prior, _RIDGES[-1])
-    errors = {ridge: held_out.squared_error(fit.solve(prior, ridge)) for ridge in _RIDGES}
-    best = min(errors, key=lambda ridge: errors[ridge])
-    if errors[best] >= held_out.squared_error(prior):
-        return prior
-    return total.solve(prior, best)
-
-
-def _last_factor_columns(module: ChainConv2d, x: Tensor) -> Tensor:
-    """What the last factors of all terms read for each output position, (G, n, P), stacked term by term."""
-    x = module.pad(x)
-    columns = []
-    for term, chain in zip(module.terms, module.form.terms, strict=True):
-        stages = list(term.children())
-        # Everything up to the last convolution; its padding (a module of its own if asymmetric) is in `patches`.
-        has_padding_module = len(stages) > 1 and isinstance(stages[-2], nn.ZeroPad2d)
-        last_input = x
-        for stage in stages[: -2 if has_padding_module else -1]:
-            last_input = stage(last_input)
-        columns.append(patches(last_input, chain.factors[-1]))
-    return torch.cat(columns, dim=1)
-
-
-def _last_factors_as_matrix(module: ChainConv2d) -> Tensor:
-    """Last factors of all terms and the bias as one (G, n + 1, O / G) float64 matrix per group."""
-    sizes = {chain.factors[-1].out_groups for chain in module.form.terms}
-    if len(sizes) != 1:
-        raise ContractError("the last factors of all terms must have the same groups")
-    (out_groups,) = sizes
-    rows = [split_groups(term[-1].double().flatten(1), out_groups).mT for term in module.factor_weights()]
-    bias = module.bias
-    if bias is None:
-        raise ContractError("an anchored solve needs a bias")
-    return torch.cat([*rows, split_groups(bias.double(), out_groups)[:, None]], dim=1)
-
-
-def _set_last_factors(module: ChainConv2d, solution: Tensor) -> None:
-    """The inverse of `_last_factors_as_matrix`."""
-    out_groups = module.form.terms[0].factors[-1].out_groups
-    start = 0
-    weights = []
-    for term in module.factor_weights():
-        rows = term[-1][0].numel()
-        last = join_groups(solution[:, start : start + rows].mT, out_groups).reshape(term[-1].shape)
-        weights.append((*term[:-1], last))
-        start += rows
-    module.set_weights(tuple(weights), join_groups(solution[:, -1], out_groups))
-
-
-def _grouped_outputs(y: Tensor, out_groups: tuple[int, ...]) -> Tensor:
-    """(N, O, H, W) as (G, largest group, N * H * W), positions ordered as `patches` orders them."""
-    return split_groups(y.transpose(0, 1).flatten(1), out_groups)

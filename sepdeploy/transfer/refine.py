@@ -84,10 +84,11 @@ def _descend(start: list[Tensor], module: ChainConv2d, sums: LeastSquaresSums) -
         optimizer.zero_grad()
         with torch.enable_grad():
             solution = _solution(parameters, module)
-            quadratic = (solution * (sums.gram @ solution)).sum() - 2 * (solution * sums.cross).sum()
-            loss = quadratic / _energy(sums)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        # The gradient of a quadratic form, by hand: a graph through it would multiply by the Gram matrix twice.
+        values = solution.detach()
+        fitted = sums.gram @ values
+        solution.backward(2 * (fitted - sums.cross) / _energy(sums))  # type: ignore[no-untyped-call]
+        return ((values * fitted).sum() - 2 * (values * sums.cross).sum()) / _energy(sums)
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     return [value.detach() for value in parameters]

@@ -10,19 +10,24 @@ import sepdeploy
 from sepdeploy.cli import convert, design
 from sepdeploy.cli import finetune as finetune_command
 from sepdeploy.cli import inspect as inspect_command
+from sepdeploy.cli import plan as plan_command
 from sepdeploy.core.design import FROM_SCRATCH, DesignOptions
-from sepdeploy.core.options import ConvertOptions, MovedInputs
+from sepdeploy.core.options import ConvertOptions, MovedInputs, SelectionOptions
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.core.training import TrainOptions
 from sepdeploy.schemes.scheme import SCHEMES
 
+SELECTION = {
+    "objective": "goal", "max_latency": "max_latency", "max_ratio": "max_latency_ratio", "max_size": "max_size_bytes",
+    "max_memory": "max_memory_bytes", "pricing_time": "pricing_seconds",
+}  # fmt: skip
 SCHEME_FIELDS = [field.name for field in dataclasses.fields(SchemeOptions)]
 
 
 def test_all_names():
     assert sepdeploy.__all__ == [
-        "ConvertOptions", "DesignOptions", "FinetuneContext", "MovedInputs", "ReconstructOptions", "SeparableConv2d",
-        "TrainOptions", "__version__", "adopt", "convert", "design", "finetune", "load",
+        "ConvertOptions", "DesignOptions", "FinetuneContext", "MovedInputs", "ReconstructOptions", "SelectionOptions",
+        "SeparableConv2d", "TrainOptions", "__version__", "adopt", "convert", "design", "finetune", "load", "plan",
     ]  # fmt: skip
     for name in sepdeploy.__all__:
         assert getattr(sepdeploy, name) is not None
@@ -41,6 +46,7 @@ def test_signatures():
     assert list(inspect.signature(sepdeploy.finetune).parameters) == finetune
     assert list(inspect.signature(sepdeploy.adopt).parameters) == ["bundle", "model", "moved", "progress"]
     assert list(inspect.signature(sepdeploy.design).parameters) == ["options", "progress"]
+    assert list(inspect.signature(sepdeploy.plan).parameters) == ["options", "folder", "front_points", "progress"]
     assert list(inspect.signature(sepdeploy.load).parameters) == ["bundle", "arch"]
     required = [
         f.name for f in dataclasses.fields(ConvertOptions) if f.default is f.default_factory is dataclasses.MISSING
@@ -64,11 +70,21 @@ def test_command_line_and_python_have_the_same_options_and_defaults(tmp_path):
     }  # fmt: skip
     for name, value in same.items():
         assert by_name[name].default == value, name
-    grouped = {"scheme_options", "training"}
+    grouped = {"scheme_options", "selection", "training"}
     python = {f.name for f in dataclasses.fields(ConvertOptions)} - {"bench_seconds", "command", *grouped}
     renamed = {"max_drop": "max_drop_points", "recoverable": "recoverable_points"}
-    options = {renamed.get(name, name) for name in by_name} - {"as_json", *SCHEME_FIELDS}
+    options = {renamed.get(name, name) for name in by_name} - {"as_json", *SCHEME_FIELDS, *SELECTION}
     assert {name for name in options if not name.startswith("training_")} == python
+
+
+def test_every_command_that_selects_has_all_fields_of_the_selection():
+    assert set(SELECTION.values()) == {f.name for f in dataclasses.fields(SelectionOptions)} - {"seconds_per_block"}
+    defaults = SelectionOptions()
+    for module in (convert, plan_command):
+        by_name = {parameter.name: parameter for parameter in module.command.params}
+        assert {name: by_name[name].default for name in SELECTION} == {
+            name: getattr(defaults, field) for name, field in SELECTION.items()
+        }
 
 
 def test_finetune_and_convert_have_the_same_training_and_finetune_can_be_told_of_every_moved_input():
@@ -110,7 +126,7 @@ def test_every_hyper_parameter_of_the_schemes_is_an_option(module):
 def test_the_command_line_offers_every_scheme():
     (scheme,) = (parameter for parameter in convert.command.params if parameter.name == "scheme")
     assert isinstance(scheme.type, click.Choice)
-    assert set(scheme.type.choices) == set(SCHEMES)
+    assert set(scheme.type.choices) == {"auto", *SCHEMES}
 
 
 @pytest.mark.parametrize(

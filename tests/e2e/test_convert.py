@@ -27,6 +27,7 @@ FILES = ("plan.json", "model.pt", "options.json", *ARTIFACTS, "report.json", "re
 OPTIONS = (
     "convert", str(ROOT / "models" / "digits.pt"), "--arch", "models.digits:digits_cnn",
     "--calibration", "calibration/digits.toml", "--validation", "calibration/digits.toml", "--max-drop", "1",
+    "--scheme", "depthwise_separable",
     "--no-reconstruct",  # takes a minute; tests/e2e/test_finetune_command.py has it on smaller networks
 )  # fmt: skip
 

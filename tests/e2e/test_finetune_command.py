@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -31,16 +30,9 @@ TRAINING = (
 
 @pytest.fixture(scope="module")
 def options(workplace):
-    network = workplace.network("Classifier").train()
-    with np.load(workplace.images()) as arrays, torch.no_grad():
-        x = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float() / 255
-        for _ in range(60):  # statistics of the images, and outputs that say something
-            network(x)
-        network.linear.weight *= 20
-    torch.save(network.state_dict(), workplace.folder / "trained.pt")
     return workplace.options(
         "Classifier",
-        model=workplace.folder / "trained.pt",
+        model=workplace.trained(),
         validation=workplace.images(),
         scheme_options=SchemeOptions(terms=1),
         reconstruct=BRIEF,

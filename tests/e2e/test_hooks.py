@@ -56,16 +56,9 @@ class Trainer:
 @pytest.fixture(scope="module")
 def options(workplace):
     """A network whose statistics are those of the images, and a poor start: one term, from the kernels alone."""
-    network = workplace.network("Classifier").train()
-    with np.load(workplace.images()) as arrays, torch.no_grad():
-        x = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float() / 255
-        for _ in range(60):
-            network(x)
-        network.linear.weight *= 20
-    torch.save(network.state_dict(), workplace.folder / "trained.pt")
     return workplace.options(
         "Classifier",
-        model=workplace.folder / "trained.pt",
+        model=workplace.trained(),
         validation=workplace.images(),
         scheme_options=SchemeOptions(terms=1),
         transfer="data-free",

@@ -26,6 +26,7 @@ def arguments(workplace):
     return [
         "convert", str(workplace.checkpoint("Classifier")), "--arch", workplace.arch("Classifier"),
         "--calibration", labelled, "--validation", labelled, "--max-drop", "3", "--formats", "onnx", "--no-reconstruct",
+        "--scheme", "depthwise_separable",
     ]  # fmt: skip
 
 

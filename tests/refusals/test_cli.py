@@ -63,9 +63,10 @@ def place(tmp_path, monkeypatch):
 
 
 def convert(*arguments, model="net.pt", arch="nets.py:Net", calibration="images.npz", output="out"):
+    scheme = () if {"--scheme", "--plan", "--objective"} & set(arguments) else ("--scheme", "depthwise_separable")
     return [
         "convert", str(model), "--arch", arch, "--calibration", str(calibration), "--output", str(output),
-        "--formats", "onnx", "--no-reconstruct", *arguments,
+        "--formats", "onnx", "--no-reconstruct", *scheme, *arguments,
     ]  # fmt: skip
 
 

@@ -61,6 +61,10 @@ NOT_FROM_PROPOSE = {
     Reason.REPLACEMENT_FAILS,  # below: drop_failing
     Reason.EXCEEDS_MAX_DROP,  # the guard, tests/unit/planning/test_guard.py
     Reason.NOT_TRIED,  # likewise
+    Reason.NOTHING_WEIGHED,  # the selection, tests/unit/stages/test_plan_file.py
+    Reason.NOT_FASTER,  # likewise
+    Reason.NOT_CHOSEN,  # likewise
+    Reason.NOT_FASTER_WHOLE,  # tests/unit/stages/test_select_stage.py
 }
 
 

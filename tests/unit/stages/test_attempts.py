@@ -11,7 +11,7 @@ from sepdeploy.stages.attempts import Attempt, AttemptFile, first_attempt, next_
 
 
 def options(**changes) -> ConvertOptions:
-    return ConvertOptions(model=Path("m.pt"), arch="a:b", calibration="c", **{"max_drop_points": 1.0, **changes})
+    return ConvertOptions(Path("m.pt"), "a:b", "c", scheme="depthwise_separable", **{"max_drop_points": 1.0, **changes})
 
 
 @pytest.mark.parametrize(

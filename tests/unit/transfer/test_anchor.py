@@ -170,3 +170,33 @@ def test_whitened_is_closed_form_on_the_original_networks_inputs():
         assert (transfer.method, transfer.output_error, converted[0].bias) == (method, None, None)
         errors[method] = float((converted(x) - net(x)).norm())
     assert errors["whitened"] < 0.9 * errors["data-free"]
+
+
+def test_a_second_solve_that_held_out_images_do_not_confirm_is_undone(monkeypatch):
+    torch.manual_seed(0)
+    net, x = Block(), torch.randn(64, 8, 8, 8)
+    traced = trace_network(net, x[:1])
+    plan = propose_plan(traced, "depthwise_separable", SchemeOptions(terms=1))
+
+    def transferred(**options):
+        converted, transfers = convert_network(net, traced, plan, lambda: iter(x.split(32)), **options)
+        return converted.a.factor_weights()[0][-1], transfers[1].output_error
+
+    quick, _ = transferred(is_quick=True)
+    best, lowest = transferred()
+    assert not torch.allclose(best, quick)
+    solve, rounds = layer._solve, []
+
+    def spoil_every_second(module, site, reading):
+        rounds.append(site.name)
+        error = solve(module, site, reading)
+        if rounds.count(site.name) == 2:
+            for weight in module.factor_weights()[0]:
+                weight.mul_(0.5)
+        return error
+
+    monkeypatch.setattr(layer, "_solve", spoil_every_second)
+    undone, error = transferred()
+    assert rounds.count("a") == 2
+    assert torch.allclose(undone, quick, atol=1e-6)
+    assert lowest < error < 1

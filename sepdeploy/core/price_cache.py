@@ -1,0 +1,209 @@
+"""Prices that were measured once: a small database in the user's cache directory that several processes may share."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from sepdeploy.core.files import sha256_of_bytes
+from sepdeploy.core.measurement import Method
+from sepdeploy.core.selection import FusedBlock, Price
+
+__all__ = ["CachedPrices", "PriceCache", "price_cache_path"]
+
+T = TypeVar("T")
+
+_FOLDER_VARIABLE = "SEPDEPLOY_CACHE_DIR"
+_FILE_NAME = "prices-1.sqlite3"  # the number is that of the table below
+
+_TABLE = """CREATE TABLE IF NOT EXISTS prices (
+    key TEXT PRIMARY KEY, target TEXT, precision TEXT, threads INTEGER, runtime TEXT, cpu TEXT, day TEXT, price TEXT
+) WITHOUT ROWID"""
+
+_LOCKED_SECONDS = 10.0
+"""How long to wait for another process; each holds the file for the few milliseconds of one write."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPrices:
+    """How much is known about one target.
+
+    Attributes:
+        target: Its name.
+        precision: 'float32' or 'int8'.
+        threads: Of the runtime.
+        runtime: Name and version.
+        cpu: Processor that it was measured on.
+        prices: How many there are.
+        day: When the last one was measured, '2026-11-21', in UTC.
+    """
+
+    target: str
+    precision: str
+    threads: int
+    runtime: str
+    cpu: str
+    prices: int
+    day: str
+
+
+def price_cache_path() -> Path:
+    """Where prices are kept: in the folder SEPDEPLOY_CACHE_DIR, else in the user's cache directory."""
+    folder = os.environ.get(_FOLDER_VARIABLE)
+    if folder:
+        return Path(folder) / _FILE_NAME
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("sepdeploy", appauthor=False)) / _FILE_NAME
+
+
+class PriceCache:
+    """Remembers prices by the target, the block, and the dense block that it was measured beside.
+
+    It never fails: a damaged file is moved aside, and where nothing can be written prices are remembered for as long as
+    the process runs. `notes` then says so.
+
+    Args:
+        path: The database; None is `price_cache_path()`.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path if path is not None else price_cache_path()
+        self._notes: dict[str, None] = {}  # in order, each once
+        self._database = self._opened()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know: sentences."""
+        return tuple(self._notes)
+
+    def get(self, target: Mapping[str, object], dense: FusedBlock, block: FusedBlock) -> Price | None:
+        """The price of `block` beside `dense`; None if it is not known.
+
+        Args:
+            target: Everything that prices on the target depend on, as `Target.key` gives it.
+            dense: Block of the layer as it is.
+            block: What the layer could become.
+        """
+        key = _key(target, dense, block)
+        rows = self._tried(lambda: self._database.execute("SELECT price FROM prices WHERE key = ?", (key,)).fetchall())
+        return _parsed(rows[0][0]) if rows else None
+
+    def put(self, target: Mapping[str, object], dense: FusedBlock, prices: Mapping[FusedBlock, Price]) -> None:
+        """Remember the prices of blocks measured beside `dense`; earlier ones are replaced."""
+        common = [target[name] for name in ("target", "precision", "threads", "runtime", "cpu")]
+        day = datetime.now(UTC).date().isoformat()
+        rows = [(_key(target, dense, block), *common, day, _written(price)) for block, price in prices.items()]
+        self._tried(lambda: self._inserted(rows))
+
+    def summary(self) -> tuple[CachedPrices, ...]:
+        """How many prices there are, by target, precision, threads, runtime and processor."""
+        columns = "target, precision, threads, runtime, cpu"
+        query = f"SELECT {columns}, COUNT(*), MAX(day) FROM prices GROUP BY {columns} ORDER BY {columns}"
+        return tuple(CachedPrices(*row) for row in self._tried(lambda: self._database.execute(query).fetchall()))
+
+    def clear(self) -> None:
+        """Forget all prices."""
+        self._tried(self._emptied)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _inserted(self, rows: Iterable[tuple[object, ...]]) -> None:
+        with self._database:  # one short transaction
+            self._database.executemany("INSERT OR REPLACE INTO prices VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def _emptied(self) -> None:
+        with self._database:
+            self._database.execute("DELETE FROM prices")
+
+    def _tried(self, run: Callable[[], T], *, is_repaired: bool = False) -> T:
+        """What `run` returns, the second time if the file has to be moved aside, or given up, first."""
+        try:
+            return run()
+        except sqlite3.DatabaseError as error:
+            # Operational errors: no permission, disk full, locked for too long. All others: the file is damaged.
+            if is_repaired or isinstance(error, sqlite3.OperationalError):
+                self._go_on_in_memory(error)
+            else:
+                self._database.close()
+                self._database = self._opened()
+        return self._tried(run, is_repaired=True)
+
+    def _opened(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return _connected(self.path)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:
+                self._move_aside()
+                return _connected(self.path)
+        except (OSError, sqlite3.Error) as error:
+            self._note_unusable(error)
+            return _connected(None)
+
+    def _move_aside(self) -> None:
+        aside = self.path.with_name(f"{self.path.name}.damaged")
+        self.path.replace(aside)
+        self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)  # it belongs to the damaged file
+        self._notes[f"the price cache {self.path} is damaged; it is now {aside.name}, and prices are measured anew"] = (
+            None
+        )
+
+    def _go_on_in_memory(self, error: sqlite3.Error) -> None:
+        """Keep what can be read, and remember new prices until the process ends."""
+        self._note_unusable(error)
+        memory = _connected(None)
+        try:
+            known = self._database.execute("SELECT * FROM prices").fetchall()
+        except sqlite3.Error:
+            known = []
+        self._database.close()
+        self._database = memory
+        self._inserted(known)
+
+    def _note_unusable(self, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        self._notes[f"the price cache {self.path} cannot be used ({reason}), so new prices are not kept"] = None
+
+
+def _connected(path: Path | None) -> sqlite3.Connection:
+    """A database that is sound and has the table; None is one in memory."""
+    database = sqlite3.connect(":memory:" if path is None else path, timeout=_LOCKED_SECONDS)
+    try:
+        (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        database.execute(_TABLE)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _key(target: Mapping[str, object], dense: FusedBlock, block: FusedBlock) -> str:
+    data = [target, asdict(dense), asdict(block)]
+    return sha256_of_bytes(json.dumps(data, sort_keys=True, separators=(",", ":")).encode())
+
+
+# Not through `core.codec`: it makes a validator at each call, and thousands of prices are read at once.
+def _written(price: Price) -> str:
+    return json.dumps(asdict(price) | {"method": price.method.name})
+
+
+def _parsed(text: str) -> Price | None:
+    """The price in a row; None if it is not one of ours."""
+    try:
+        data = json.loads(text)
+        return Price(**(data | {"method": Method[data["method"]]}))
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,96 @@
+"""Prices of blocks on a target: each is measured once, and remembered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sepdeploy.core.price_cache import PriceCache
+from sepdeploy.core.progress import Progress, Silent
+from sepdeploy.core.selection import FusedBlock, Price
+from sepdeploy.planning.target import Target
+
+__all__ = ["price_blocks"]
+
+_TOGETHER = 16
+"""Blocks that are measured in one go: after each, prices are kept and the time is looked at."""
+
+
+def price_blocks(
+    target: Target,
+    groups: Mapping[FusedBlock, Sequence[FusedBlock]],
+    cache: PriceCache,
+    *,
+    seconds_per_block: float = 0.5,
+    budget_seconds: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[tuple[FusedBlock, FusedBlock], Price | str]:
+    """Price blocks beside the layers that they would replace; what is in the cache is not measured again.
+
+    Args:
+        target: Where.
+        groups: Block of a layer as it is -> blocks that it could become, with the same input and activation. Where
+            `budget_seconds` may not last for all, the first come first.
+        cache: What is known; new prices are added as soon as they are measured.
+        seconds_per_block: Most time to spend on the runs of one block.
+        budget_seconds: Most time to spend in all, writing files included; None for no limit. What has begun is
+            finished.
+        seed: Seed of the random inputs.
+        progress: Told what is going on.
+        clock: Monotonic time in seconds.
+
+    Returns:
+        (dense block, other block) -> its price, or a sentence that says why it has none.
+
+    Raises:
+        ToolError: if the target fails as a whole; what was measured until then is in the cache.
+    """
+    key = target.key()
+    prices: dict[tuple[FusedBlock, FusedBlock], Price | str] = {}
+    missing: dict[FusedBlock, list[FusedBlock]] = {}
+    for dense, others in groups.items():
+        for block in dict.fromkeys(others):
+            known = cache.get(key, dense, block)
+            if known is None:
+                missing.setdefault(dense, []).append(block)
+            else:
+                prices[dense, block] = known
+    counted = _Counted(progress or Silent(), sum(map(len, missing.values())))
+    start = clock()
+    for dense, blocks in _batches(missing):
+        if budget_seconds is not None and clock() - start >= budget_seconds:
+            spent = f"not measured: the {budget_seconds:g} s for measuring were spent before its turn"
+            prices.update({(dense, block): spent for block in blocks})
+            continue
+        found = target.measure(dense, blocks, seconds=seconds_per_block, seed=seed, progress=counted)
+        priced = dict(zip(blocks, found, strict=True))
+        cache.put(key, dense, {block: price for block, price in priced.items() if isinstance(price, Price)})
+        prices.update({(dense, block): price for block, price in priced.items()})
+        counted.done += len(blocks)
+    return prices
+
+
+def _batches(missing: Mapping[FusedBlock, list[FusedBlock]]) -> Iterator[tuple[FusedBlock, list[FusedBlock]]]:
+    for dense, blocks in missing.items():
+        for start in range(0, len(blocks), _TOGETHER):
+            yield dense, blocks[start : start + _TOGETHER]
+
+
+@dataclass(slots=True)
+class _Counted:
+    """Says before each piece of work how many blocks are priced already."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def stage(self, text: str) -> None:
+        """Announce a piece of work."""
+        self.progress.stage(f"{self.done} of {self.total} forms priced: {text}")
+
+    def step(self, done: int, total: int) -> None:
+        """Pass it on."""
+        self.progress.step(done, total)

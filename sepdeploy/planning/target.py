@@ -1,0 +1,141 @@
+"""What prices are measured on: the interface of a target, and the registry of all of them.
+
+A new target (an emulated core, a board, an NPU) is one file with a `TargetKind` and one line in `TARGETS_BY_NAME`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
+
+from sepdeploy.core.artifact import Format, Precision
+from sepdeploy.core.measurement import Method
+from sepdeploy.errors import ToolError, UsageError
+
+if TYPE_CHECKING:
+    from sepdeploy.core.chain import ChainSum
+    from sepdeploy.core.progress import Progress
+    from sepdeploy.core.selection import FusedBlock, Price
+
+__all__ = ["TARGETS_BY_NAME", "Target", "TargetKind", "find_target"]
+
+
+class Target(Protocol):
+    """A runtime on a machine, at one precision and number of threads."""
+
+    @property
+    def name(self) -> str:
+        """Key in the registry and on the command line."""
+
+    @property
+    def format(self) -> Format:
+        """What it runs."""
+
+    @property
+    def precision(self) -> Precision:
+        """Arithmetic of the blocks."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of the runtime."""
+
+    @property
+    def unit(self) -> str:
+        """Of its prices: 'ms' or 'kcycles'."""
+
+    @property
+    def method(self) -> Method:
+        """How its prices come about."""
+
+    def key(self) -> dict[str, object]:
+        """Everything that prices depend on besides the blocks, as JSON can hold it.
+
+        At least 'target', 'precision', 'threads', 'runtime' (name and version) and 'cpu'.
+        """
+
+    def lowerings(self, form: ChainSum) -> tuple[tuple[str, ...], ...]:
+        """Ways to write a form down that make sense here, each with another result; the first is the default."""
+
+    def measure(
+        self, dense: FusedBlock, others: Sequence[FusedBlock], *, seconds: float, seed: int, progress: Progress
+    ) -> list[Price | str]:
+        """Prices of blocks beside the layer as it is.
+
+        Args:
+            dense: The layer that is kept.
+            others: What it could become: blocks of the same layer, input and activation.
+            seconds: Most time to spend on each, where time is what is measured.
+            seed: Seed of the random inputs.
+            progress: Told what is going on.
+
+        Returns:
+            One price for each of `others`, in order, or a sentence that says why it could not be built or run.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TargetKind:
+    """A target before precision and threads are chosen.
+
+    Attributes:
+        name: Key in the registry and on the command line.
+        summary: What it is, in one line.
+        format: What it runs.
+        method: How its prices come about.
+        unit: Of its prices: 'ms' or 'kcycles'.
+        modules: Python modules that it needs, the runtime's first.
+        install: The command that installs them.
+        make: From precision and threads to the target.
+    """
+
+    name: str
+    summary: str
+    format: Format
+    method: Method
+    unit: str
+    modules: tuple[str, ...]
+    install: str
+    make: Callable[[Precision, int], Target]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Modules that are not installed; none of them is imported to find out."""
+        return tuple(module for module in self.modules if find_spec(module) is None)
+
+
+def _ort() -> TargetKind:
+    from sepdeploy.planning.local_target import ORT
+
+    return ORT
+
+
+def _litert() -> TargetKind:
+    from sepdeploy.planning.local_target import LITERT
+
+    return LITERT
+
+
+TARGETS_BY_NAME: Mapping[str, Callable[[], TargetKind]] = MappingProxyType({"ort": _ort, "litert": _litert})
+
+
+def find_target(name: str, precision: Precision, threads: int) -> Target:
+    """The target called `name`, ready to measure.
+
+    Raises:
+        UsageError: if there is none, with a list of all, or `threads` is not positive.
+        ToolError: if something that it needs is not installed; the message says how to install it.
+
+    >>> find_target("ort", Precision.INT8, 2).unit
+    'ms'
+    """
+    if name not in TARGETS_BY_NAME:
+        raise UsageError(f"there is no target '{name}'; choose one of {', '.join(TARGETS_BY_NAME)}")
+    if threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {threads}")
+    kind = TARGETS_BY_NAME[name]()
+    if kind.missing:
+        raise ToolError(f"target {name} needs {', '.join(kind.missing)}: run {kind.install}")
+    return kind.make(precision, threads)

@@ -1,0 +1,155 @@
+"""From a checkpoint to a plan that was chosen by measurement, edited, explained and carried out."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+import sepdeploy
+import sepdeploy.pipeline
+from sepdeploy.cli.main import run
+from sepdeploy.core.codec import read_json
+from sepdeploy.core.options import SelectionOptions
+from sepdeploy.core.plan import Plan, Reason
+from sepdeploy.core.selection import Selection
+from sepdeploy.errors import UsageError
+from sepdeploy.planning import local_target
+
+QUICK = SelectionOptions(seconds_per_block=0.02)
+
+
+@pytest.fixture(scope="module")
+def options(workplace):
+    return workplace.options(
+        "Classifier", model=workplace.trained(), scheme="auto", selection=QUICK, max_drop_points=5.0,
+        output=workplace.folder / "auto.sepdeploy",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planned(options):
+    folder = options.output_folder.with_suffix(".plan")
+    return sepdeploy.plan(options, folder, front_points=3), folder
+
+
+def test_the_plan_holds_all_that_was_weighed(planned):
+    (weighed, front), folder = planned
+    assert read_json(Selection, folder / "plan.json") == weighed
+    assert set(weighed.chosen) == {layer.name for layer in weighed.layers}
+    layers = [layer for layer in weighed.layers if layer.kept is None]
+    assert layers
+    for layer in layers:
+        assert layer.choices[0].candidate is None
+        assert len(layer.choices) > 5
+        assert len({choice.candidate.scheme for choice in layer.choices[1:]}) >= 4
+        for choice in layer.choices[1:]:
+            assert choice.difference_low <= choice.difference <= choice.difference_high
+            assert choice.damage >= 0
+        least = min(layer.choices[1:], key=lambda choice: choice.macs)
+        most = max(layer.choices[1:], key=lambda choice: choice.macs)
+        assert least.damage > most.damage
+    assert weighed.original_cost > 0
+    assert front[0].is_original
+    assert sum(point.is_chosen for point in front) == 1
+    assert [point.latency for point in front] == sorted((point.latency for point in front), reverse=True)
+
+
+def test_what_was_measured_is_not_measured_again(planned, options, monkeypatch):
+    (weighed, _), folder = planned
+    monkeypatch.setattr(local_target.LocalTarget, "measure", lambda *_, **__: pytest.fail("priced again"))
+    again, front = sepdeploy.plan(options, folder)
+    assert again == weighed
+    assert not front
+    # Another network of the same shapes, in another folder: the prices come from the user's cache.
+    other = dataclasses.replace(options, seed=1, max_drop_points=100.0)
+    fresh, _ = sepdeploy.plan(other, folder.with_name("other.plan"))
+    assert [layer.name for layer in fresh.layers] == [layer.name for layer in weighed.layers]
+
+
+def test_an_edited_plan_is_carried_out(planned, options, tmp_path):
+    (weighed, _), folder = planned
+    layer = next(layer for layer in weighed.layers if len(layer.choices) > 1)
+    wanted = layer.choices[-1]
+    data = json.loads((folder / "plan.json").read_text())
+    data["chosen"] = dict.fromkeys(data["chosen"], "dense") | {layer.name: wanted.label}
+    (tmp_path / "edited.json").write_text(json.dumps(data))
+    given = dataclasses.replace(
+        options,
+        plan=tmp_path / "edited.json",
+        selection=SelectionOptions(),
+        max_drop_points=None,
+        output=tmp_path / "out",
+    )
+    report = sepdeploy.convert(given)
+    assert list(report.plan.replaced) == [layer.name]
+    assert report.plan.replaced[layer.name].form == wanted.candidate.form
+    assert report.selection is None
+    # The bundle's own plan is one too.
+    (tmp_path / "plan.json").write_text((tmp_path / "out" / "plan.json").read_text())
+    again = sepdeploy.convert(dataclasses.replace(given, plan=tmp_path / "plan.json", output=tmp_path / "again"))
+    assert again.plan.replaced == report.plan.replaced
+
+
+def test_convert_never_hands_over_what_is_slower(options):
+    report = sepdeploy.convert(options)
+    speed = next(check for check in report.checks if check.name == "speed")
+    assert report.plan.scheme == "auto"
+    assert next(check for check in report.checks if check.name == "accuracy").is_met
+    if report.plan.replaced:
+        assert report.selection.speedup_low > 1
+        assert "Chosen by prices measured block by block" in (options.output_folder / "report.html").read_text()
+    else:
+        assert not speed.is_met
+        assert "the files hold the original network" in speed.sentence
+    assert read_json(Plan, options.output_folder / "plan.json") == report.plan
+
+
+def test_a_target_on_which_nothing_is_faster_gets_the_original(options, monkeypatch, tmp_path):
+    timed = sepdeploy.pipeline.target_latency
+
+    def slower(results, given):
+        latency = timed(results, given)
+        if len(results) == 1:
+            return latency
+        return dataclasses.replace(latency, speedup=0.9, speedup_low=0.8, speedup_high=1.0)
+
+    monkeypatch.setattr(sepdeploy.pipeline, "target_latency", slower)
+    report = sepdeploy.convert(dataclasses.replace(options, max_drop_points=100.0, output=tmp_path / "out"))
+    assert not report.plan.replaced
+    assert not report.is_success
+    assert report.selection.given_up
+    assert {report.plan.kept[name].reason for name in report.selection.given_up} == {Reason.NOT_FASTER_WHOLE}
+    assert any("did not measure faster" in note for note in report.notes)
+    assert report.converted_quality.drop_points == 0
+
+
+def test_the_command_line_plans_and_explains(planned, options, workplace, tmp_path, capsys):
+    (weighed, _), folder = planned
+    layer = next(layer for layer in weighed.layers if len(layer.choices) > 1)
+    assert run(["plan", str(folder), "--explain", layer.name]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert layer.choices[1].label.split()[0][:8] in text
+    assert f"{layer.name} becomes" in text or f"{layer.name} stays as it is" in text
+    assert run(["plan", str(folder / "plan.json"), "--explain", layer.name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == layer.name
+    assert run(["plan", str(folder), "--explain", "nothing"]) == 2
+    assert "has no layer nothing" in capsys.readouterr().err
+
+    shutil.copytree(folder, tmp_path / "copy")
+    arguments = [
+        "plan", str(options.model), "--arch", options.arch, "--calibration", options.calibration, "--max-drop", "5",
+        "--output", str(tmp_path / "copy"), "--objective", "macs", "--pareto", str(tmp_path / "front.png"),
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    out = capsys.readouterr().out
+    assert "Plan for ort float32, 1 thread" in out
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_folders_of_others_are_left_alone(options, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds other files"):
+        sepdeploy.plan(options, tmp_path)
+    with pytest.raises(UsageError, match="chosen by --scheme auto"):
+        sepdeploy.plan(dataclasses.replace(options, scheme="low_rank", selection=SelectionOptions()), tmp_path / "new")

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sepdeploy.bench.differences import Difference
+from sepdeploy.bench.onnxruntime import OrtSession
+from sepdeploy.bench.session import Session, open_session
+from sepdeploy.core.artifact import Format, Precision
+from sepdeploy.core.chain import Chain, ChainSum, Factor, Slice
+from sepdeploy.core.conv import ConvSpec
+from sepdeploy.core.measurement import Method
+from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.core.progress import Silent
+from sepdeploy.core.selection import FusedBlock, Price
+from sepdeploy.errors import ToolError, UsageError
+from sepdeploy.planning import block_files, local_target
+from sepdeploy.planning.block_files import write_block_files
+from sepdeploy.planning.fused_block import build_block, dense_block, example_of
+from sepdeploy.planning.target import TARGETS_BY_NAME, find_target
+from sepdeploy.schemes.scheme import find_scheme
+
+SPEC = ConvSpec(32, 32, (3, 3), padding=(1, 1, 1, 1))
+DENSE = dense_block(SPEC, (6, 6), activation="relu")
+SEPARABLE = replace(DENSE, form=find_scheme("depthwise_separable").design(SPEC, SchemeOptions(terms=1)))
+SHUFFLED = replace(DENSE, form=find_scheme("optimized_separable").design(SPEC, SchemeOptions()))
+# It ends in no convolution, so that it has no place for a bias.
+UNBUILDABLE = replace(DENSE, form=ChainSum((Chain((Factor(32, 40, (1, 1)), Slice(40, 0, 32))),)))
+
+
+def operators(path: Path, tmp_path: Path) -> list[str]:
+    """What ONNX Runtime makes of a file."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+def expected(block: FusedBlock) -> np.ndarray:
+    """The block's output for its example."""
+    return build_block(block)(example_of(block)).numpy()
+
+
+@pytest.fixture(scope="module")
+def onnx_files(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, list[Path | str]]:
+    blocks = (DENSE, UNBUILDABLE, SEPARABLE, SHUFFLED)
+    return {
+        precision: write_block_files(blocks, tmp_path_factory.mktemp("onnx"), Format.ONNX, precision)
+        for precision in Precision
+    }
+
+
+def test_one_export_gives_a_file_for_each_block(onnx_files: dict[Precision, list[Path | str]]) -> None:
+    for precision, (dense, reason, separable, shuffled) in onnx_files.items():
+        assert "ends in a convolution" in reason
+        for path, block in ((dense, DENSE), (separable, SEPARABLE), (shuffled, SHUFFLED)):
+            # The frame scales before and after; the blocks have small biases, so not by its square.
+            wanted = 0.875 * build_block(block)(0.875 * example_of(block)).numpy()
+            (output,) = OrtSession(path).predict(example_of(block).numpy())
+            error = np.abs(output - wanted).max() / np.abs(wanted).max()
+            assert error < (1e-5 if precision is Precision.FLOAT32 else 0.1)
+
+
+def test_layouts_change_outside_of_the_frame(onnx_files: dict[Precision, list[Path | str]], tmp_path: Path) -> None:
+    dense, _, separable, _ = onnx_files[Precision.INT8]
+    outside = ["QuantizeLinear", "Transpose"], ["Transpose", "DequantizeLinear"]
+    convs = {path: operators(path, tmp_path) for path in (dense, separable)}
+    for count, path in ((3, dense), (4, separable)):
+        assert convs[path] == [*outside[0], *["QLinearConv"] * count, *outside[1]]
+    float_dense, _, float_separable, _ = onnx_files[Precision.FLOAT32]
+    for count, path in ((3, float_dense), (4, float_separable)):
+        inner = [name for name in operators(path, tmp_path) if not name.startswith("Reorder")]
+        assert inner == ["Conv"] * count
+        names = operators(path, tmp_path)
+        assert names.index("Conv") <= 1  # nothing but the one way in comes before the frame
+        assert len(names) - names[::-1].index("Conv") >= len(names) - 1  # nor but the way out after it
+
+
+def test_one_that_cannot_be_exported_refuses_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sepdeploy.export import onnx as exporter
+
+    export = exporter.export_onnx
+
+    def picky(model: torch.nn.Module, example: torch.Tensor, path: Path) -> None:
+        if len(model.blocks) > 1 or any(type(m).__name__ == "ChannelShuffle" for m in model.modules()):
+            raise ToolError("no shuffles, and one at a time")
+        export(model, example, path)
+
+    monkeypatch.setattr(exporter, "export_onnx", picky)
+    separable, shuffled = write_block_files((SEPARABLE, SHUFFLED), tmp_path, Format.ONNX, Precision.FLOAT32)
+    assert shuffled == "no shuffles, and one at a time"
+    assert OrtSession(separable).predict(example_of(SEPARABLE).numpy())[0].shape == (1, 32, 6, 6)
+
+
+def test_linear_layers_stand_alone(tmp_path: Path) -> None:
+    spec = ConvSpec(32, 24, (1, 1))
+    dense = dense_block(spec, (1, 1), positions=3, is_linear=True)
+    form = find_scheme("optimized_separable").design(spec, SchemeOptions())
+    paths = write_block_files((dense, replace(dense, form=form)), tmp_path, Format.ONNX, Precision.INT8)
+    for path, block in zip(paths, (dense, replace(dense, form=form)), strict=True):
+        (output,) = OrtSession(path).predict(example_of(block).numpy())
+        assert np.median(np.abs(output - expected(block))) < 0.1  # random calibration inputs clip a few
+
+
+def test_blocks_in_litert(tmp_path: Path) -> None:
+    pytest.importorskip("litert_torch", reason="needs sepdeploy[tflite]")
+    uneven = replace(DENSE, form=ChainSum((Chain((replace(SPEC.as_factor(), groups=5),)),)))
+    blocks = (SEPARABLE, uneven, UNBUILDABLE, replace(SHUFFLED, lowering=("shuffle_channels_last",)))
+    *paths, reason, last = write_block_files(blocks, tmp_path, Format.TFLITE, Precision.INT8)
+    assert "ends in a convolution" in reason
+    for path, block in zip((*paths, last), (SEPARABLE, uneven, SHUFFLED), strict=True):
+        session = open_session(path, is_channels_last=True)
+        (output,) = session.predict(example_of(block).numpy())
+        wanted = expected(block)
+        assert np.abs(output - wanted).max() / wanted.max() < 0.1
+    assert Path(last).stat().st_size < (tmp_path / "common.int8.tflite").stat().st_size / 2
+
+
+def test_prices_of_real_blocks(onnx_files: dict[Precision, list[Path | str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_files, "write_block_files", lambda *args: onnx_files[Precision.INT8][:3])
+    target = find_target("ort", Precision.INT8, 1)
+    reason, price = target.measure(DENSE, [UNBUILDABLE, SEPARABLE], seconds=0.01, seed=0, progress=Silent())
+    assert price.value > 0
+    assert price.dense_value > 0
+    assert price.difference_low <= price.difference <= price.difference_high
+    assert (price.unit, price.method) == (target.unit, target.method) == ("ms", Method.WALL_CLOCK)
+    assert price.repeats >= 24
+    assert "ends in a convolution" in reason
+
+
+def test_prices_go_to_their_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Opened:
+        def __init__(self, path: Path) -> None:
+            self.path = path
+
+        def set_random_input(self, seed: int) -> None:
+            assert seed == 7
+            if self.path.name == "fails":
+                raise ToolError("it fails to run")
+
+    def timed(reference: Session, others: Sequence[Session], *, seconds: float, seed: int) -> list[Difference]:
+        assert (reference.path.name, seconds, seed) == ("dense", 0.5, 7)
+        return [Difference(ms, 9.0, ms - 9, ms - 9.5, ms - 8.5, 24) for ms in (float(o.path.name) for o in others)]
+
+    files: list[Path | str] = [Path("dense"), Path("1"), "not exported", Path("fails"), Path("2")]
+    monkeypatch.setattr(block_files, "write_block_files", lambda *args: files)
+    monkeypatch.setattr("sepdeploy.bench.session.open_session", lambda path, **options: Opened(path))
+    monkeypatch.setattr("sepdeploy.bench.differences.measure_differences", timed)
+    target = find_target("litert", Precision.INT8, 1)
+    first, *reasons, last = target.measure(DENSE, [SEPARABLE] * 4, seconds=0.5, seed=7, progress=Silent())
+    assert first == Price(1.0, 9.0, -8.0, -8.5, -7.5, "ms", 24, Method.WALL_CLOCK)
+    assert last.value == 2.0
+    assert reasons == ["not exported", "it fails to run"]
+    files[0] = "too large"
+    assert set(target.measure(DENSE, [SEPARABLE] * 4, seconds=0.5, seed=7, progress=Silent())) == {
+        "the layer as it is cannot be measured: too large"
+    }
+
+
+@pytest.mark.parametrize("name", TARGETS_BY_NAME)
+def test_the_key_has_all_that_prices_depend_on(name: str) -> None:
+    key = find_target(name, Precision.INT8, 2).key()
+    assert json.loads(json.dumps(key)) == key
+    assert (key["target"], key["precision"], key["threads"]) == (name, "int8", 2)
+    assert {"cpu", "cores", "block_version"} <= set(key)
+    assert any(character.isdigit() for character in key["runtime"])
+    assert any(package.startswith("torch ") for package in key["made_with"])
+    assert key != find_target(name, Precision.INT8, 1).key()
+    assert key != find_target(name, Precision.FLOAT32, 2).key()
+
+
+@pytest.mark.parametrize("name", TARGETS_BY_NAME)
+def test_registry(name: str) -> None:
+    kind = TARGETS_BY_NAME[name]()
+    assert kind.name == name
+    assert "\n" not in kind.summary
+    target = kind.make(Precision.INT8, 1)
+    assert (target.name, target.format, target.unit, target.method) == (name, kind.format, kind.unit, kind.method)
+    with pytest.raises(TypeError):
+        TARGETS_BY_NAME["mine"] = None
+
+
+def test_lowerings_are_those_of_its_files() -> None:
+    form = SHUFFLED.form
+    assert find_target("litert", Precision.INT8, 1).lowerings(form)[0] == ("shuffle_channels_last",)
+    assert find_target("ort", Precision.INT8, 1).lowerings(form)[0] == ("fold_shuffle",)
+
+
+def test_wrong_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no target 'npu'; choose one of ort, litert"):
+        find_target("npu", Precision.INT8, 1)
+    with pytest.raises(UsageError, match="--threads must be at least 1, got 0"):
+        find_target("ort", Precision.INT8, 0)
+    kind = local_target._kind("ort", "", Format.ONNX, ("onnxruntime", "no_such_module"), "pip install it")
+    monkeypatch.setattr(local_target, "ORT", kind)
+    with pytest.raises(ToolError, match="target ort needs no_such_module: run pip install it"):
+        find_target("ort", Precision.INT8, 1)

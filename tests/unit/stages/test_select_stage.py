@@ -1,0 +1,144 @@
+"""The promise: a plan whose whole does not measure faster is given up, layer by layer, at the end to the original."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sepdeploy.analyze.trace import trace_network
+from sepdeploy.core.artifact import Precision
+from sepdeploy.core.measurement import Environment, Latency, Method, Quality
+from sepdeploy.core.options import ConvertOptions, SelectionOptions
+from sepdeploy.core.plan import Reason, SchemeOptions
+from sepdeploy.core.progress import Silent
+from sepdeploy.core.selection import Choice, LayerChoices, Selection
+from sepdeploy.planning.candidates import propose_plan
+from sepdeploy.planning.guard import Guarded
+from sepdeploy.planning.select import plan_of
+from sepdeploy.planning.solve import solve
+from sepdeploy.stages import select
+from sepdeploy.stages.select import with_plan
+
+NAMES = ("0", "2", "4", "6", "8")
+QUALITY = Quality(10, None, 1.0, None, 0.0, 0.0, "agreement")
+
+
+class Plans:
+    """What `Search` offers to the check by the clock, without images."""
+
+    def __init__(self, weighed: Selection, traced) -> None:
+        self.weighed, self.traced, self.limits = weighed, traced, None
+
+    def finish(self, plan, limit_points):
+        return Guarded(plan, nn.Identity(), (), (), QUALITY)
+
+    def _of(self, chosen):
+        return self.finish(plan_of(self.traced, self.weighed.layers, chosen, "ms"), None)
+
+    def within_drop(self, limit_points):
+        return self._of({layer.name: layer.choices[1] for layer in self.weighed.layers})
+
+    def least_damage(self):
+        return self._of(solve(self.weighed.layers, minimize="damage", limits=self.limits).chosen)
+
+
+@pytest.fixture
+def weighed_and_traced():
+    layers = [nn.Conv2d(8, 8, 3, padding=1) if place % 2 == 0 else nn.ReLU() for place in range(9)]
+    traced = trace_network(nn.Sequential(*layers).eval(), torch.zeros(1, 8, 6, 6))
+    forms = propose_plan(traced, "depthwise_separable", SchemeOptions(terms=1)).replaced
+    weighed = []
+    for place, (name, form) in enumerate(forms.items()):
+        gain = 0.1 * (place + 1)  # the first layers gain least
+        dense = Choice("dense", None, (), 0.0, 0.0, 0.0, 0.0, 1000, 584, peak_bytes=500)
+        numbers = (-gain, -gain - 0.05, -gain + 0.05, 0.01, form.macs, form.params)
+        weighed.append(LayerChoices(name, (dense, Choice("one", form, (), *numbers, peak_bytes=300))))
+    chosen = dict.fromkeys(forms, "dense")
+    selection = Selection(chosen, "abc", "ort", Precision.FLOAT32, 1, "ms", Method.WALL_CLOCK, 4.0, tuple(weighed))
+    return selection, traced
+
+
+def run(weighed_and_traced, speedup_of, limit=1.0, **selection):
+    weighed, traced = weighed_and_traced
+    options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(**selection))
+    timed = []
+
+    def latency(plan, network) -> Latency:
+        timed.append(tuple(plan.replaced))
+        low, middle, high = speedup_of(plan.replaced)
+        return Latency(
+            4.0 / middle, 1.0, 1.0, 1.0, 10, 1, Method.WALL_CLOCK, Environment("", 1, "", "", 1), "", middle, low, high
+        )
+
+    guarded, summary = select._Run(options, weighed, Plans(weighed, traced), traced, limit, latency, Silent()).result()
+    return guarded.plan, summary, timed
+
+
+def test_a_faster_plan_is_handed_over_with_its_prediction(weighed_and_traced):
+    plan, summary, timed = run(weighed_and_traced, lambda replaced: (1.4, 1.6, 1.8))
+    assert tuple(plan.replaced) == NAMES
+    assert timed == [NAMES]
+    assert summary.predicted_cost == pytest.approx(4.0 - 1.5)
+    assert summary.measured_cost == pytest.approx(2.5)
+    assert (summary.speedup_low, summary.given_up) == (1.4, ())
+
+
+def test_the_layers_of_the_least_sure_gain_are_given_up_first(weighed_and_traced):
+    plan, summary, timed = run(weighed_and_traced, lambda r: (0.98, 1.01, 1.1) if len(r) > 2 else (1.01, 1.1, 1.2))
+    assert [len(names) for names in timed] == [5, 4, 3, 2]
+    assert tuple(plan.replaced) == ("6", "8")
+    assert summary.given_up == ("0", "2", "4")
+    assert {plan.kept[name].reason for name in summary.given_up} == {Reason.NOT_FASTER_WHOLE}
+    assert plan.kept["0"].detail == "0.98 to 1.10x the original's speed with it"
+    assert summary.predicted_cost == pytest.approx(4.0 - 0.9)
+
+
+def test_what_is_never_faster_ends_with_the_original(weighed_and_traced):
+    plan, summary, timed = run(weighed_and_traced, lambda r: (1.0, 1.2, 1.4))  # the lower end must be above 1
+    assert not plan.replaced
+    assert set(summary.given_up) == set(NAMES)
+    assert (summary.measured_cost, summary.speedup, summary.predicted_cost) == (None, None, 4.0)
+    assert len(timed) == 5
+
+
+def test_another_goal_is_not_judged_by_the_clock(weighed_and_traced):
+    plan, summary, timed = run(weighed_and_traced, lambda r: (0.5, 0.5, 0.5), goal="macs")
+    assert len(plan.replaced) == 5
+    assert not timed
+    assert summary.speedup is None
+
+
+def test_a_limit_of_latency_is_solved_anew_where_the_whole_is_slower_than_its_parts(weighed_and_traced):
+    # The whole takes 0.2 ms more than the parts say.
+    def speedup_of(replaced):
+        saved = sum(0.1 * (NAMES.index(name) + 1) for name in replaced)
+        return (1.1, 4.0 / (4.0 - saved + 0.2), 9.0)
+
+    plan, summary, timed = run(weighed_and_traced, speedup_of, limit=None, max_latency=3.25)
+    assert len(timed) >= 2
+    assert summary.measured_cost <= 3.25 + 1e-9
+    assert len(plan.replaced) < 5
+    plan, summary, _ = run(weighed_and_traced, lambda r: (2.0, 2.0, 2.0), limit=None, max_latency_ratio=0.9)
+    assert tuple(plan.replaced) == ("8",) or summary.predicted_cost <= 3.6
+
+
+def test_limits_of_size_and_memory(weighed_and_traced):
+    weighed, traced = weighed_and_traced
+    options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(max_memory_bytes=400))
+    assert select._limits_of(options, weighed, traced).peak_bytes == 400
+    plan, _, _ = run(weighed_and_traced, lambda r: (2.0, 2.0, 2.0), limit=None, max_memory_bytes=400)
+    assert len(plan.replaced) == 5
+    params = weighed.layers[0].choices[1].params
+    assert traced.total_params == 5 * 584
+    plan, _, _ = run(
+        weighed_and_traced, lambda r: (2.0, 2.0, 2.0), limit=None, max_size_bytes=4 * (3 * 584 + 2 * params)
+    )
+    assert len(plan.replaced) == 2
+
+
+def test_the_plan_goes_back_into_the_file(weighed_and_traced):
+    weighed, traced = weighed_and_traced
+    chosen = {layer.name: layer.choices[layer.name == "4"] for layer in weighed.layers}
+    plan = plan_of(traced, weighed.layers, chosen, "ms")
+    assert with_plan(weighed, plan).chosen == {**dict.fromkeys(NAMES, "dense"), "4": "one"}
