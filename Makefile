@@ -18,7 +18,7 @@ help:
 	@echo "make clean   remove what the others left behind, except the environment $(VENV)"
 
 demo: $(STAMP)
-	$(VENV)/bin/sepdeploy convert models/digits.pt --arch models.digits:digits_cnn --calibration calibration/digits.toml --validation calibration/digits.toml --max-drop 1 --output demo
+	$(VENV)/bin/sepdeploy convert models/digits.pt --arch models.digits:digits_cnn --calibration calibration/digits.toml --validation calibration/digits.toml --calibration-images 256 --max-drop 1 --no-reconstruct --output demo
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -16,7 +16,7 @@ __all__ = ["Difference", "measure_differences"]
 _PASS_SECONDS = 0.15
 _WARMUP = 3  # the first run allocates, the second finds the caches filled
 
-_TIGHT_RATIO = 0.02
+_TIGHT_RATIO = 0.03
 """An interval this narrow, as a share of the reference's time, is left alone."""
 
 _NOISE_MS = 1e-3

@@ -33,7 +33,7 @@ __all__ = ["GRID", "MAX_FORMS", "Form", "LayerForms", "TargetLowerings", "propos
 TargetLowerings = Callable[[ChainSum], tuple[tuple[str, ...], ...]]
 """The ways to write a form down that are worth pricing on the target: sequences of lowerings, maybe an empty one."""
 
-MAX_FORMS = 24
+MAX_FORMS = 18
 """Forms of one layer that are worth measuring."""
 
 _NESTED = ("spatial_separable", "low_rank")
@@ -55,7 +55,7 @@ _DESIGNS = (
 
 GRID: Mapping[str, tuple[SchemeOptions, ...]] = MappingProxyType(
     {
-        "depthwise_separable": tuple(SchemeOptions(terms=terms) for terms in range(1, 7)),
+        "depthwise_separable": tuple(SchemeOptions(terms=terms) for terms in range(1, 5)),
         "spatial_separable": tuple(SchemeOptions(rank_ratio=ratio) for ratio in _RATIOS),
         "low_rank": tuple(SchemeOptions(rank_ratio=ratio) for ratio in _RATIOS),
         "grouped": tuple(SchemeOptions(groups=(groups,)) for groups in (2, 4, 8)),

@@ -81,8 +81,8 @@ def test_every_command_that_selects_has_all_fields_of_the_selection():
     assert set(SELECTION.values()) == {f.name for f in dataclasses.fields(SelectionOptions)} - {"seconds_per_block"}
     defaults = SelectionOptions()
     for module in (convert, plan_command):
-        by_name = {parameter.name: parameter for parameter in module.command.params}
-        assert {name: by_name[name].default for name in SELECTION} == {
+        context = module.command.make_context("x", ["m.pt", "--arch", "a:b", "--calibration", "c"])
+        assert {name: context.params[name] for name in SELECTION} == {
             name: getattr(defaults, field) for name, field in SELECTION.items()
         }
 
