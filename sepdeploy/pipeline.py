@@ -161,8 +161,12 @@ def _planner(
             store, options, inputs, traced, proposal, evaluator, batch_size_for(traced), limit, progress
         )
     original = target_result(originals, options, Role.ORIGINAL)
-    cost = target_latency([original], options).median_ms
-    weighed = weigh(store, options, inputs, traced, cost, processes or Processes(), progress)
+
+    def original_cost() -> float:
+        progress.stage("selection: timing the original network")
+        return target_latency([original], options).median_ms
+
+    weighed = weigh(store, options, inputs, traced, original_cost, processes or Processes(), progress)
 
     def timed(plan: Plan, network: nn.Module) -> Latency:
         """The target's file of a network that was only transferred, against the original's: weights are no matter."""

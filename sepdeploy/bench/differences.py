@@ -87,7 +87,9 @@ def measure_differences(
         sessions = [reference, *(others[i] for i in open_places)]
         if number > 0:
             sessions = [session.reopen() for session in sessions]
-        for block in timed_blocks(sessions, seconds=seconds / passes, warmup=_WARMUP, seed=seed, clock=clock):
+        for block in timed_blocks(
+            sessions, seconds=seconds / passes, warmup=_WARMUP, seed=seed, clock=clock, is_rewarmed=True
+        ):
             for column, i in enumerate(open_places, 1):
                 blocks_ns[i].append(block[:, (0, column)])
         results = [_difference(blocks) for blocks in blocks_ns]

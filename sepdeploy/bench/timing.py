@@ -99,6 +99,7 @@ def timed_blocks(
     warmup: int,
     seed: int,
     clock: Callable[[], int] = time.perf_counter_ns,
+    is_rewarmed: bool = False,
 ) -> list[np.ndarray]:
     """Six blocks of interleaved rounds, as `measure` takes them; all but the first reopen the sessions.
 
@@ -108,6 +109,8 @@ def timed_blocks(
         warmup: Runs of each session before the first round of each block.
         seed: Seed of the random inputs.
         clock: Monotonic time in nanoseconds.
+        is_rewarmed: Whether each session runs once more, untimed, before it is timed: among many sessions the others
+            have emptied the caches of its weights.
 
     Returns:
         Nanoseconds per run in each block, (rounds, sessions) float64.
@@ -128,7 +131,7 @@ def timed_blocks(
             for i in order:
                 sessions[i].set_random_input(seed)
                 bursts[i] = _burst(sessions[i], warmup, clock)
-            blocks.append(_timed_rounds(sessions, bursts, seconds / _BLOCKS, clock))
+            blocks.append(_timed_rounds(sessions, bursts, seconds / _BLOCKS, clock, is_rewarmed=is_rewarmed))
     return blocks
 
 
@@ -203,7 +206,12 @@ def _reopened(sessions: Sequence[Session], order: Sequence[int]) -> list[Session
 
 
 def _timed_rounds(
-    sessions: Sequence[Session], bursts: Sequence[int], seconds: float, clock: Callable[[], int]
+    sessions: Sequence[Session],
+    bursts: Sequence[int],
+    seconds: float,
+    clock: Callable[[], int],
+    *,
+    is_rewarmed: bool,
 ) -> np.ndarray:
     """Nanoseconds per run, (rounds, sessions) float64."""
     orders = balanced_orders(len(sessions))
@@ -213,6 +221,8 @@ def _timed_rounds(
     while len(rounds) < _MIN_BLOCK_ROUNDS or (spent_ns < budget_ns and len(rounds) < _MAX_BLOCK_ROUNDS):
         times = [0.0] * len(sessions)
         for i in orders[len(rounds) % len(orders)]:
+            if is_rewarmed:
+                spent_ns += _run_ns(sessions[i], 1, clock)
             burst_ns = _run_ns(sessions[i], bursts[i], clock)
             spent_ns += burst_ns
             times[i] = max(burst_ns, 1) / bursts[i]  # a clock that stood still still gives a finite ratio

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from sepdeploy.core.artifact import Precision
 from sepdeploy.core.codec import read_json, to_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_bytes
@@ -22,11 +23,11 @@ from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import SelectionSummary
 from sepdeploy.core.selection import Choice, Selection
 from sepdeploy.core.stage_store import StageStore
-from sepdeploy.errors import ContractError
+from sepdeploy.errors import ContractError, UsageError
 from sepdeploy.planning.evaluate import Evaluator, batch_size_for, tensor_batches
 from sepdeploy.planning.guard import Guarded, GuardMemory
 from sepdeploy.planning.select import Search
-from sepdeploy.planning.solve import Limits, Solution
+from sepdeploy.planning.solve import Limits, Solution, UnreachableLimitError
 from sepdeploy.stages.bundle import read_weights, rebuild, save_weights
 from sepdeploy.stages.guard import GuardRecord, MemoryFile, guard_files
 from sepdeploy.stages.load import Inputs
@@ -116,8 +117,9 @@ class _Run:
     def result(self) -> tuple[Guarded, SelectionSummary]:
         """The network to hand over, and how its cost was predicted and measured."""
         guarded = self._chosen()
-        if self.options.selection.goal != "latency":
-            return guarded, self._record(guarded.plan, None, ())
+        wanted = self.options.selection
+        if wanted.goal != "latency" or wanted.max_size_bytes is not None or wanted.max_memory_bytes is not None:
+            return guarded, self._record(guarded.plan, None, ())  # what is given up would break what was asked for
         given_up: tuple[str, ...] = ()
         while guarded.plan.replaced:
             latency = self.timed(guarded.plan, guarded.network)
@@ -143,7 +145,10 @@ class _Run:
         wanted = limits.latency
         for _ in range(_LATENCY_TRIES):
             self.search.limits = limits
-            guarded = self.search.least_damage()
+            try:
+                guarded = self.search.least_damage()
+            except UnreachableLimitError as error:
+                raise _unreachable(error, self.weighed, self.traced, self.options.precision) from error
             if wanted is None or not guarded.plan.replaced:
                 break
             latency = self.timed(guarded.plan, guarded.network)
@@ -199,6 +204,21 @@ def _limits_of(options: ConvertOptions, weighed: Selection, traced: Trace) -> Li
         rest = traced.total_params - sum(layer.choices[0].params for layer in weighed.layers)
         params = wanted.max_size_bytes // BYTES_PER_VALUE[options.precision] - rest
     return Limits(latency=latency, params=params, peak_bytes=wanted.max_memory_bytes)
+
+
+def _unreachable(error: UnreachableLimitError, weighed: Selection, traced: Trace, precision: Precision) -> UsageError:
+    """The same in the terms of the user's limits."""
+    if error.measure == "latency":
+        least = weighed.original_cost + error.least
+        return UsageError(
+            f"the limit of latency cannot be reached: the fastest plan is predicted at {least:.3g} {weighed.unit}, the "
+            f"original takes {weighed.original_cost:.3g}; raise --max-latency or --max-ratio"
+        )
+    if error.measure == "params":
+        rest = traced.total_params - sum(layer.choices[0].params for layer in weighed.layers)
+        least_bytes = BYTES_PER_VALUE[precision] * (rest + int(error.least))
+        return UsageError(f"--max-size cannot be reached: the smallest plan has {least_bytes:,} bytes of weights")
+    return UsageError(f"--max-memory cannot be reached: the least peak of activations is {int(error.least):,} bytes")
 
 
 def with_plan(weighed: Selection, plan: Plan) -> Selection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sepdeploy.analyze.activation import find_activations
@@ -44,7 +44,7 @@ def weigh(
     options: ConvertOptions,
     inputs: Inputs,
     traced: Trace,
-    original_cost: float,
+    original_cost: Callable[[], float],
     processes: Processes,
     progress: Progress,
 ) -> Selection:
@@ -55,7 +55,7 @@ def weigh(
         options: What is converted and how.
         inputs: The network and its images.
         traced: Its trace.
-        original_cost: Of the whole original network on the target, median.
+        original_cost: Measures the whole original network on the target, median.
         processes: Those that share the damages; all but this one, the first, call `share_damages`.
         progress: Told what is going on.
 
@@ -92,7 +92,7 @@ def weigh(
             threads=options.threads,
             unit=target.unit,
             method=target.method,
-            original_cost=original_cost,
+            original_cost=original_cost(),
             layers=layers,
             notes=prices.notes,
         )

@@ -13,6 +13,7 @@ from sepdeploy.core.options import ConvertOptions, SelectionOptions
 from sepdeploy.core.plan import Reason, SchemeOptions
 from sepdeploy.core.progress import Silent
 from sepdeploy.core.selection import Choice, LayerChoices, Selection
+from sepdeploy.errors import UsageError
 from sepdeploy.planning.candidates import propose_plan
 from sepdeploy.planning.guard import Guarded
 from sepdeploy.planning.select import plan_of
@@ -135,6 +136,26 @@ def test_limits_of_size_and_memory(weighed_and_traced):
         weighed_and_traced, lambda r: (2.0, 2.0, 2.0), limit=None, max_size_bytes=4 * (3 * 584 + 2 * params)
     )
     assert len(plan.replaced) == 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_latency": 2.4}, "fastest plan is predicted at 2.5 ms, the original takes 4"),
+        ({"max_latency_ratio": 0.5}, "fastest plan is predicted at 2.5 ms"),
+        ({"max_size_bytes": 100}, "smallest plan has 2,880 bytes of weights"),
+        ({"max_memory_bytes": 200}, "the least peak of activations is 300 bytes"),
+    ],
+)
+def test_limits_out_of_reach_are_refused_with_what_can_be_reached(weighed_and_traced, limits, message):
+    with pytest.raises(UsageError, match=message):
+        run(weighed_and_traced, lambda r: (2.0, 2.0, 2.0), limit=None, **limits)
+
+
+def test_what_was_asked_for_is_not_given_up_for_speed(weighed_and_traced):
+    plan, _, timed = run(weighed_and_traced, lambda r: (0.5, 0.6, 0.7), limit=None, max_memory_bytes=400)
+    assert len(plan.replaced) == 5
+    assert not timed
 
 
 def test_the_plan_goes_back_into_the_file(weighed_and_traced):
