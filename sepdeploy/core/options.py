@@ -68,7 +68,7 @@ class SelectionOptions:
     max_latency_ratio: float | None = None
     max_size_bytes: int | None = None
     max_memory_bytes: int | None = None
-    seconds_per_block: float = 0.3
+    seconds_per_block: float = 0.2
     pricing_seconds: float | None = None
 
     def __post_init__(self) -> None:

@@ -201,7 +201,7 @@ def test_unknown_lowering_is_refused_before_anything_is_made(tmp_path):
 
 
 def test_a_lowering_that_computes_something_else_is_found(tmp_path, monkeypatch):
-    def wrong(network, names):
+    def wrong(network, names, own):
         network[2].bias.data += 1
 
     monkeypatch.setattr(deploy, "lower_chains", wrong)
