@@ -72,7 +72,7 @@ def test_published_checkpoint_loads_as_it_is():
 def test_convert_holds_two_points_and_says_what_it_started_from(tmp_path):
     arguments = [
         "convert", str(SHARED / "weights" / "resnet20_jpeg.pt"), "--arch", ARCH,
-        "--calibration", unpack("train", tmp_path, 256), "--validation", unpack("test", tmp_path),
+        "--calibration", unpack("train", tmp_path, 512), "--validation", unpack("test", tmp_path),
         "--preprocess", "calibration/cifar10.toml", "--scheme", "depthwise_separable", "--terms", "2",
         "--max-drop", "2", "--no-reconstruct", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
