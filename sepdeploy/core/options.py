@@ -194,6 +194,15 @@ class ConvertOptions:
         """Whether a form is chosen for every layer by measurement."""
         return self.scheme == AUTO and self.plan is None
 
+    def is_target_file(self, file_format: Format, precision: Precision) -> bool:
+        """Whether the promises are about the files of this kind."""
+        return (file_format, precision) == (TARGETS[self.target], self.precision)
+
+    @property
+    def lowered_for(self) -> str:
+        """What a plan's lowerings must have been chosen for to be the target file's, as in `Plan`."""
+        return f"{self.target} {self.precision.value}"
+
     @property
     def output_folder(self) -> Path:
         """Where the bundle goes."""

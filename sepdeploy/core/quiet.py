@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import os
@@ -10,9 +11,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-__all__ = ["error_summary", "first_line", "quiet", "silenced_native_stderr"]
+__all__ = ["error_summary", "first_line", "quiet", "silenced_native_stderr", "silenced_native_stdout"]
 
-_STDERR = 2
+_STDOUT, _STDERR = 1, 2
 
 # Read by litert-torch and by the native code below it, some of it at import.
 _QUIET_ENVIRONMENT = {"LITERT_TORCH_SHOW_PROGRESS": "n", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -47,14 +48,33 @@ def quiet() -> Iterator[io.StringIO]:
 @contextmanager
 def silenced_native_stderr() -> Iterator[None]:
     """Hold back what native code writes to the standard error: LiteRT announces its delegate there, for no one."""
-    kept = os.dup(_STDERR)
+    with _silenced(_STDERR):
+        yield
+
+
+@contextmanager
+def silenced_native_stdout() -> Iterator[None]:
+    """Hold back what native code writes to the standard output, through C's buffer or past it."""
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _stream: 0
+    flush(None)  # what was written before belongs to the user
+    with _silenced(_STDOUT):
+        try:
+            yield
+        finally:
+            flush(None)
+
+
+@contextmanager
+def _silenced(descriptor: int) -> Iterator[None]:
+    """Let a descriptor lead nowhere inside the block."""
+    kept = os.dup(descriptor)
     try:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, _STDERR)
+        os.dup2(null, descriptor)
         os.close(null)
         yield
     finally:
-        os.dup2(kept, _STDERR)
+        os.dup2(kept, descriptor)
         os.close(kept)
 
 

@@ -7,7 +7,7 @@ forms. Layers are independent of each other, so several processes can share them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from sepdeploy.core.conv import Trace
 from sepdeploy.errors import ContractError
 from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.choices import LayerForms
+from sepdeploy.planning.evaluate import first_images
 from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.transfer.isolated import isolated_transfers
 from sepdeploy.transfer.layer import Batches
@@ -82,7 +83,7 @@ def measure_damages(
     for layer in mine:
         modules = _fitted(network, trace, layer, _moved(fit, device))
         labels = [label for label, _, _ in layer.forms]
-        changes = _damages_of(network, layer.name, modules, _first_images(_moved(held_out, device)(), images))
+        changes = _damages_of(network, layer.name, modules, first_images(_moved(held_out, device)(), images))
         damages |= {(layer.name, label): change for label, change in zip(labels, changes, strict=True)}
         if progress:
             progress(len(damages), total)
@@ -172,12 +173,3 @@ def _on_device(original: nn.Module, trace: Trace) -> tuple[nn.Module, torch.devi
 
 def _moved(batches: Batches, device: torch.device) -> Batches:
     return lambda: (batch.to(device) for batch in batches())
-
-
-def _first_images(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """The batches of the first `count` images."""
-    for batch in batches:
-        yield batch[:count]
-        count -= len(batch)
-        if count <= 0:
-            return

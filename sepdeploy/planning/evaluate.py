@@ -17,7 +17,7 @@ from sepdeploy.core.quiet import first_line
 from sepdeploy.data.images import ImageSet
 from sepdeploy.errors import UnsupportedModelError
 
-__all__ = ["Evaluator", "batch_size_for", "prefer_channels_last", "run_network", "tensor_batches"]
+__all__ = ["Evaluator", "batch_size_for", "first_images", "prefer_channels_last", "run_network", "tensor_batches"]
 
 _BATCH_BYTES = 256 * 2**20
 _MAX_BATCH = 64
@@ -47,6 +47,15 @@ def tensor_batches(images: ImageSet, batch_size: int) -> Callable[[], Iterable[T
             yield torch.from_numpy(batch)
 
     return start
+
+
+def first_images(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The batches of the first `count` images."""
+    for batch in batches:
+        yield batch[:count]
+        count -= len(batch)
+        if count <= 0:
+            return
 
 
 def prefer_channels_last(model: nn.Module, example: Tensor) -> nn.Module:

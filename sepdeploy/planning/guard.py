@@ -9,10 +9,10 @@ decided ends early, but that network has always been measured on all images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from sepdeploy.analyze.damage import network_damage
 from sepdeploy.core.conv import Trace
@@ -20,7 +20,7 @@ from sepdeploy.core.measurement import Quality
 from sepdeploy.core.plan import Kept, Plan, Reason
 from sepdeploy.core.report import GuardStep, LayerTransfer
 from sepdeploy.planning.convert import TransferMemory, convert_network
-from sepdeploy.planning.evaluate import Evaluator
+from sepdeploy.planning.evaluate import Evaluator, first_images
 from sepdeploy.transfer.layer import Batches, TransferMethod
 
 __all__ = ["GuardMemory", "Guarded", "guard_plan"]
@@ -168,11 +168,10 @@ class _Run:
         if isinstance(known, float):
             return known
         self.progress(f"guard: damage of {name}")
-        plan = self._plan_for([name])
-        network, _ = convert_network(self.original, self.trace, plan, self.batches, method=self.method, is_quick=True)
+        network, _ = self.build([name], is_quick=True)
         low, high = _DAMAGE_IMAGES
         images = int(min(high, max(low, _DAMAGE_MACS // max(self.trace.total_macs, 1))))
-        value = network_damage(self.original, network, _first_images(self.batches(), images))
+        value = network_damage(self.original, network, first_images(self.batches(), images))
         self.memory[f"damage {name}"] = value
         return value
 
@@ -240,12 +239,3 @@ class _Run:
             if name not in names:
                 plan = plan.with_outcome(name, self._kept(name))
         return plan
-
-
-def _first_images(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """The batches of the first `count` images."""
-    for batch in batches:
-        yield batch[:count]
-        count -= len(batch)
-        if count <= 0:
-            return

@@ -9,18 +9,16 @@ fit into one programme in spite of the solver's absolute tolerances.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sepdeploy.core.quiet import silenced_native_stdout
 from sepdeploy.errors import ToolError, UsageError
 
 __all__ = ["Knapsack", "Limit"]
@@ -47,7 +45,6 @@ _FEW = 4
 """Choices of each group in the first solve."""
 
 _SOLVED, _OUT_OF_TIME, _INFEASIBLE = 0, 1, 2  # statuses of scipy.optimize.milp
-_STDOUT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +244,8 @@ class Knapsack:
                 for picked in self._excluded
             ),
         ]
-        with _silenced_native_stdout():
+        # HiGHS 1.12 announces there that it repairs a solution, even when told to be silent.
+        with silenced_native_stdout():
             return milp(
                 costs,
                 integrality=np.ones(len(costs)),
@@ -255,24 +253,3 @@ class Knapsack:
                 constraints=constraints,
                 options={"mip_rel_gap": gap, "time_limit": seconds},
             )
-
-
-@contextmanager
-def _silenced_native_stdout() -> Iterator[None]:
-    """Hold back what native code writes to the standard output.
-
-    HiGHS 1.12 announces there that it repairs a solution, even when told to be silent. It writes through C's buffer,
-    which is emptied before and after.
-    """
-    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _stream: 0
-    flush(None)
-    kept = os.dup(_STDOUT)
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, _STDOUT)
-        os.close(null)
-        yield
-    finally:
-        flush(None)
-        os.dup2(kept, _STDOUT)
-        os.close(kept)

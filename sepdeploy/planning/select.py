@@ -37,7 +37,9 @@ _FINAL_TRIES = 3
 """Plans measured in full, each with a smaller budget than the one before, until the original is left."""
 
 
-def plan_of(trace: Trace, layers: Sequence[LayerChoices], chosen: Mapping[str, Choice], unit: str) -> Plan:
+def plan_of(
+    trace: Trace, layers: Sequence[LayerChoices], chosen: Mapping[str, Choice], unit: str, lowered_for: str
+) -> Plan:
     """The plan that makes of every layer what was chosen for it.
 
     Args:
@@ -45,6 +47,7 @@ def plan_of(trace: Trace, layers: Sequence[LayerChoices], chosen: Mapping[str, C
         layers: What was weighed; sites that are not among them are kept for their own reason.
         chosen: Layer -> one of its choices.
         unit: Of the prices, for the reasons.
+        lowered_for: What they were priced on, as in `Plan`.
     """
     weighed = {layer.name: layer for layer in layers}
 
@@ -56,7 +59,7 @@ def plan_of(trace: Trace, layers: Sequence[LayerChoices], chosen: Mapping[str, C
         return layer.kept or _why_kept(layer, unit)
 
     decisions = (Decision(site.name, site.macs, site.params, outcome(site.name)) for site in trace.sites)
-    return Plan(AUTO, SchemeOptions(), tuple(decisions))
+    return Plan(AUTO, SchemeOptions(), tuple(decisions), lowered_for)
 
 
 def _why_kept(layer: LayerChoices, unit: str) -> Kept:
@@ -76,6 +79,7 @@ class Search:
         trace: Its trace.
         layers: What was weighed.
         unit: Of the prices.
+        lowered_for: What they were priced on, as in `Plan`.
         batches: Calibration images for the transfer.
         evaluator: Measures on the validation images.
         minimize: What the solver makes small, damage apart.
@@ -91,6 +95,7 @@ class Search:
         trace: Trace,
         layers: tuple[LayerChoices, ...],
         unit: str,
+        lowered_for: str,
         batches: Batches,
         evaluator: Evaluator,
         *,
@@ -100,7 +105,8 @@ class Search:
         memory: GuardMemory,
         progress: Callable[[str], None],
     ) -> None:
-        self.original, self.trace, self.layers, self.unit = original, trace, layers, unit
+        self.original, self.trace, self.layers = original, trace, layers
+        self.unit, self.lowered_for = unit, lowered_for
         self.batches, self.evaluator, self.method = batches, evaluator, method
         self.minimize, self.limits, self.memory, self.progress = minimize, limits, memory, progress
         self._transfers: dict[bool, TransferMemory] = {True: {}, False: {}}  # quick, in full
@@ -141,7 +147,7 @@ class Search:
     def measured(self, chosen: Mapping[str, Choice], images: int) -> tuple[Solution, Quality]:
         """One such plan."""
         solution = self._of(chosen)
-        network, _ = self._build(self._plan(solution), is_quick=True)
+        network = self.sketch(self._plan(solution))
         return solution, self.evaluator.quality(network, most=images)[0]
 
     def _of(self, chosen: Mapping[str, Choice]) -> Solution:
@@ -152,6 +158,10 @@ class Search:
     def nothing(self) -> Solution:
         """The original network as a plan: a form without any damage may be faster, but is not the original."""
         return self._of({layer.name: layer.choices[0] for layer in self.layers})
+
+    def sketch(self, plan: Plan) -> nn.Module:
+        """The network of a plan, transferred quickly: to be timed, not to be handed over."""
+        return self._build(plan, is_quick=True)[0]
 
     def finish(self, plan: Plan, limit_points: float | None) -> Guarded:
         """Transfer a plan in full and measure its network on all images."""
@@ -172,8 +182,7 @@ class Search:
             self.progress(
                 f"selection: {len(plan.replaced)} layers replaced, predicted {solution.difference:+.3g} {self.unit}"
             )
-            network, _ = self._build(plan, is_quick=True)
-            quality, is_partial = self.evaluator.quality(network, limit_points)
+            quality, is_partial = self.evaluator.quality(self.sketch(plan), limit_points)
             known = _step(plan, quality, limit_points, is_partial=is_partial)
             self.memory[key] = known
         self._steps.append(known)
@@ -193,7 +202,7 @@ class Search:
         return solve(self.layers, minimize=self.minimize, limits=replace(self.limits, damage=damage))
 
     def _plan(self, solution: Solution) -> Plan:
-        return plan_of(self.trace, self.layers, solution.chosen, self.unit)
+        return plan_of(self.trace, self.layers, solution.chosen, self.unit, self.lowered_for)
 
     def _build(self, plan: Plan, *, is_quick: bool) -> tuple[nn.Module, tuple[LayerTransfer, ...]]:
         return convert_network(

@@ -15,14 +15,14 @@ from torch import nn
 
 from sepdeploy.bench.accuracy import QualityMeter
 from sepdeploy.bench.environment import cpu_name
-from sepdeploy.bench.session import open_session
+from sepdeploy.bench.session import Session, open_session
 from sepdeploy.bench.timing import measure
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import replacing, sha256_of_file
 from sepdeploy.core.measurement import Latency, Quality
-from sepdeploy.core.options import TARGETS, ConvertOptions
+from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import ArtifactResult
@@ -163,10 +163,13 @@ def wanted_lowerings(options: ConvertOptions, file_format: Format, precision: Pr
 def _chosen_lowerings(
     options: ConvertOptions, file_format: Format, precision: Precision, plan: Plan | None
 ) -> dict[str, tuple[str, ...]]:
-    """Layer -> how the plan wants it written down in this file; nothing where the user said how, or it is another."""
-    if plan is None or options.lowering is not None:
+    """Layer -> how the plan wants it written down in this file; nothing where the user said how, or it is another.
+
+    A plan that was made for another target, precision or by hand has nothing to say of this one's files.
+    """
+    if plan is None or options.lowering is not None or plan.lowered_for != options.lowered_for:
         return {}
-    if (file_format, precision) != (TARGETS[options.target], options.precision):
+    if not options.is_target_file(file_format, precision):
         return {}
     return {name: c.lowering for name, c in plan.replaced.items() if c.lowering is not None}
 
@@ -276,7 +279,7 @@ def measure_quality(
 
     def make() -> None:
         progress.stage(f"running the {artifact.role.value} {artifact.precision.value} {artifact.format.value} file")
-        session = open_session(Path(artifact.path), threads=options.threads, is_channels_last=artifact.is_channels_last)
+        session = _open(artifact, options)
         meter = QualityMeter()
         done = 0
         for batch, reference, labels in evaluator.reference_batches():
@@ -287,7 +290,7 @@ def measure_quality(
                 break
         write_json(path, meter.result(None))
 
-    is_target = (artifact.format, artifact.precision) == (TARGETS[options.target], options.precision)
+    is_target = options.is_target_file(artifact.format, artifact.precision)
     wanted = len(inputs.validation) if is_target else min(len(inputs.validation), _OTHER_IMAGES)
     key = {
         **inputs.network_key(),
@@ -324,17 +327,7 @@ def measure_network(
 
 def target_latency(results: Sequence[ArtifactResult], options: ConvertOptions) -> Latency:
     """Latency of the last of some files of the target; against the first, interleaved, if there are several."""
-    sessions = {
-        r.artifact.role.value: open_session(
-            Path(r.artifact.path), threads=options.threads, is_channels_last=r.artifact.is_channels_last
-        )
-        for r in results
-    }
-    reference = Role.ORIGINAL.value if len(sessions) > 1 else None
-    latencies = measure(
-        sessions, reference=reference, threads=options.threads, seconds=options.bench_seconds, seed=options.seed
-    )
-    return latencies[results[-1].artifact.role.value]
+    return _interleaved(results, options)[-1]
 
 
 def measure_latency(results: list[ArtifactResult], options: ConvertOptions, progress: Progress) -> list[ArtifactResult]:
@@ -344,21 +337,22 @@ def measure_latency(results: list[ArtifactResult], options: ConvertOptions, prog
         for precision in Precision:
             pair = [r for r in results if (r.artifact.format, r.artifact.precision) == (file_format, precision)]
             progress.stage(f"timing {file_format.value} {precision.value}, {options.threads} threads")
-            sessions = {
-                r.artifact.role.value: open_session(
-                    Path(r.artifact.path), threads=options.threads, is_channels_last=r.artifact.is_channels_last
-                )
-                for r in pair
-            }
-            latencies = measure(
-                sessions,
-                reference=Role.ORIGINAL.value,
-                threads=options.threads,
-                seconds=options.bench_seconds,
-                seed=options.seed,
-            )
-            timed += [replace(r, latency=latencies[r.artifact.role.value]) for r in pair]
+            timed += [replace(r, latency=latency) for r, latency in zip(pair, _interleaved(pair, options), strict=True)]
     return timed
+
+
+def _interleaved(results: Sequence[ArtifactResult], options: ConvertOptions) -> list[Latency]:
+    """Latency of each of some files, in the same rounds; against the original's if there are several."""
+    sessions = {r.artifact.role.value: _open(r.artifact, options) for r in results}
+    reference = Role.ORIGINAL.value if len(sessions) > 1 else None
+    latencies = measure(
+        sessions, reference=reference, threads=options.threads, seconds=options.bench_seconds, seed=options.seed
+    )
+    return [latencies[r.artifact.role.value] for r in results]
+
+
+def _open(artifact: Artifact, options: ConvertOptions) -> Session:
+    return open_session(Path(artifact.path), threads=options.threads, is_channels_last=artifact.is_channels_last)
 
 
 def _first_images(inputs: Inputs) -> np.ndarray:

@@ -38,7 +38,7 @@ def read_given_plan(path: Path, traced: Trace, model_sha256: str) -> Plan:
     if isinstance(given, Selection):
         if given.model_sha256 != model_sha256:
             raise UsageError(f"{path} was made for another checkpoint; make it anew with 'sepdeploy plan'")
-        plan = plan_of(traced, given.layers, given.choices, given.unit)
+        plan = plan_of(traced, given.layers, given.choices, given.unit, given.lowered_for)
     else:
         plan = given
     for name, candidate in plan.replaced.items():

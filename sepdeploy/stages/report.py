@@ -16,7 +16,7 @@ from sepdeploy.core.files import sha256_of_file, write_text
 from sepdeploy.core.manifest import FileEntry, Manifest, RunRecord
 from sepdeploy.core.measurement import Quality
 from sepdeploy.core.memory import MemoryProfile
-from sepdeploy.core.options import TARGETS, ConvertOptions
+from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.receptive_field import receptive_field
 from sepdeploy.core.report import ArtifactResult, Check, NetworkCost, Report
@@ -56,7 +56,7 @@ def target_result(results: Sequence[ArtifactResult], options: ConvertOptions, ro
     """The file of `role` that the promises are about."""
     for result in results:
         artifact = result.artifact
-        if (artifact.format, artifact.precision, artifact.role) == (TARGETS[options.target], options.precision, role):
+        if artifact.role is role and options.is_target_file(artifact.format, artifact.precision):
             return result
     raise ContractError(f"no {role.value} file was made for {options.target} {options.precision.value}")
 

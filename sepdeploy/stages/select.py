@@ -120,20 +120,25 @@ class _Run:
         wanted = self.options.selection
         if wanted.goal != "latency" or wanted.max_size_bytes is not None or wanted.max_memory_bytes is not None:
             return guarded, self._record(guarded.plan, None, ())  # what is given up would break what was asked for
+        plan, network = guarded.plan, guarded.network
         given_up: tuple[str, ...] = ()
-        while guarded.plan.replaced:
-            latency = self.timed(guarded.plan, guarded.network)
+        latency = None
+        while plan.replaced:
+            latency = self.timed(plan, network)
             if latency.speedup_low is not None and latency.speedup_low > _MIN_SPEEDUP:
-                return guarded, self._record(guarded.plan, latency, given_up)
-            weakest = self._weakest(guarded.plan)
+                break
+            weakest = self._weakest(plan)
             given_up += weakest
             self.progress.stage(f"selection: the whole is not faster, giving up {', '.join(weakest)}")
-            plan = guarded.plan
             for name in weakest:
                 measured = f"{latency.speedup_low:.2f} to {latency.speedup_high:.2f}x the original's speed with it"
                 plan = plan.with_outcome(name, Kept(Reason.NOT_FASTER_WHOLE, measured))
+            latency = None
+            if plan.replaced:
+                network = self.search.sketch(plan)  # weights are no matter to the clock
+        if given_up:
             guarded = self.search.finish(plan, self.limit_points)
-        return guarded, self._record(guarded.plan, None, given_up)
+        return guarded, self._record(plan, latency, given_up)
 
     def _chosen(self) -> Guarded:
         """The plan by the options' goal and limits; a limit of latency is checked on the whole and solved anew."""
@@ -305,6 +310,7 @@ def _search(
         traced,
         weighed.layers,
         weighed.unit,
+        weighed.lowered_for,
         tensor_batches(inputs.calibration, batch_size_for(traced)),
         evaluator,
         minimize=options.selection.goal,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -7,7 +8,7 @@ import warnings
 
 import pytest
 
-from sepdeploy.core.quiet import first_line, quiet, silenced_native_stderr
+from sepdeploy.core.quiet import first_line, quiet, silenced_native_stderr, silenced_native_stdout
 
 
 def test_holds_everything_back_and_restores_it(
@@ -39,6 +40,17 @@ def test_native_standard_error_is_held_back_and_restored(capfd: pytest.CaptureFi
         os.write(2, b"delegate created")
     os.write(2, b"heard again")
     assert capfd.readouterr().err == "heard again"
+
+
+def test_native_standard_output_is_held_back_and_restored(capfd: pytest.CaptureFixture[str]) -> None:
+    libc = ctypes.CDLL(None)
+    libc.printf(b"before, ")
+    with silenced_native_stdout():
+        libc.printf(b"a solution is repaired")  # stays in C's buffer
+        os.write(1, b"and past the buffer")
+    libc.printf(b"after")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "before, after"
 
 
 def test_first_line_is_that_of_the_innermost_cause() -> None:

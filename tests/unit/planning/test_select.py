@@ -60,9 +60,9 @@ def make():
 
     def search(points=10.0, limits=None, minimize="latency", memory=None):
         return Search(
-            net, traced, tuple(layers), "ms", lambda: iter([torch.randn(8, 8, 6, 6)]), FakeEvaluator(points),
-            minimize=minimize, limits=limits or Limits(), method="data-free", memory={} if memory is None else memory,
-            progress=lambda _: None,
+            net, traced, tuple(layers), "ms", "ort float32", lambda: iter([torch.randn(8, 8, 6, 6)]),
+            FakeEvaluator(points), minimize=minimize, limits=limits or Limits(), method="data-free",
+            memory={} if memory is None else memory, progress=lambda _: None,
         )  # fmt: skip
 
     return search
@@ -150,7 +150,7 @@ def test_layers_that_must_stay_keep_their_reason(make):
     stays = LayerChoices(kept.name, kept.choices[:1], kept=Kept(Reason.HAS_HOOKS))
     slower = LayerChoices("2", (kept.choices[0], replace(kept.choices[1], difference=0.5)))
     chosen = dict.fromkeys(("0", "2", "4", "6"), kept.choices[0])
-    plan = plan_of(search.trace, (stays, slower, *search.layers[2:]), chosen, "ms")
+    plan = plan_of(search.trace, (stays, slower, *search.layers[2:]), chosen, "ms", "ort float32")
     assert [plan.kept[name].reason for name in chosen] == [
         Reason.HAS_HOOKS, Reason.NOT_FASTER, Reason.NOT_CHOSEN, Reason.NOT_CHOSEN,
     ]  # fmt: skip

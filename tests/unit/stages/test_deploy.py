@@ -13,6 +13,7 @@ from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
 from sepdeploy.core.conv import ConvSpec, Trace
 from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.plan import Candidate, Decision, Plan, Replaced, SchemeOptions
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError, UsageError
 from sepdeploy.schemes.module import ChainConv2d
@@ -146,13 +147,13 @@ class Run:
     def step(self, done, total):
         pass
 
-    def deploy(self, lowering=None, role=Role.CONVERTED):
+    def deploy(self, lowering=None, role=Role.CONVERTED, plan=None):
         self.stages = []
         options = ConvertOptions(Path("model.pt"), "a:b", "images", formats=(Format.ONNX,), lowering=lowering)
         inputs = SimpleNamespace(calibration=Images(), validation=Images(), network_key=dict)
         store = StageStore(self.folder, on_change=lambda: None)
         trace = Trace(sites=(), input_shape=(1, 8, 6, 6), output_shapes=((1, 4, 6, 6),), total_macs=0, total_params=0)
-        return deploy.deploy(store, options, inputs, trace, self.network, role, "weights", self)
+        return deploy.deploy(store, options, inputs, trace, self.network, role, "weights", self, plan)
 
     def ops(self, name):
         return {node.op_type for node in onnx.load(self.folder / name).graph.node}
@@ -191,6 +192,21 @@ def test_another_lowering_makes_the_files_anew(tmp_path):
     assert "Concat" in run.ops("model.onnx") & run.ops("model.int8.onnx")
     run.deploy(lowering=())
     assert {"Gather"} == (run.ops("model.onnx") & run.ops("model.int8.onnx") & {"Gather", "Concat"})
+
+
+def test_a_plan_lowers_the_files_that_it_was_priced_on(tmp_path):
+    def plan(lowering, lowered_for):
+        candidate = Candidate("any", SHUFFLED, macs=1, params=1, lowering=lowering)
+        return Plan("auto", SchemeOptions(), (Decision("0", 9, 9, Replaced(candidate)),), lowered_for)
+
+    run = Run(tmp_path, SHUFFLED)
+    run.deploy(plan=plan(("fold_shuffle",), "ort float32"))
+    assert "Gather" not in run.ops("model.onnx")
+    run.deploy(plan=plan(("fold_shuffle",), "ort float32"), lowering=())  # the user's word counts more
+    assert "Gather" in run.ops("model.onnx")
+    for other in ("litert float32", "ort int8", ""):
+        run.deploy(plan=plan(("fold_shuffle",), other))
+        assert "Gather" in run.ops("model.onnx")
 
 
 def test_unknown_lowering_is_refused_before_anything_is_made(tmp_path):

@@ -40,6 +40,7 @@ def test_what_is_chosen_becomes_the_plan(tmp_path, traced, selection):
     plan = read_given_plan(tmp_path / "plan.json", traced, "abc")
     assert list(plan.replaced) == ["0"]
     assert plan.replaced["0"].lowering == ("fold_norm",)
+    assert plan.lowered_for == "ort float32"
     assert plan.kept["2"].reason is Reason.NOT_CHOSEN
     assert "one term: -0.5 ms, damage 0.1" in plan.kept["2"].detail
 
