@@ -46,7 +46,7 @@ from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard,
 from sepdeploy.stages.inspect_model import inspect_model
 from sepdeploy.stages.launch import Processes, joined_processes, launched_processes
 from sepdeploy.stages.load import Inputs, load_inputs
-from sepdeploy.stages.plan_file import read_given_plan
+from sepdeploy.stages.plan_file import read_given_plan, read_plan_file
 from sepdeploy.stages.recover import Recovered, Recovery, Weights
 from sepdeploy.stages.reopen import (
     RECORD,
@@ -84,7 +84,9 @@ def convert(
         SepdeployError: if the conversion cannot be carried out.
     """
     progress = progress or Silent()
-    if not options.selects and options.plan is None:
+    if options.plan is not None:
+        read_plan_file(options.plan)  # whether it can be read at all, before anything takes long
+    elif not options.selects:
         find_scheme(options.scheme)
     folder = options.output_folder
     require_usable(folder)  # before the minutes that large sets of images take

@@ -88,9 +88,15 @@ def command(
         click.echo(sentence)
         return 0
     if arch is None or calibration is None:
-        raise click.UsageError("give --arch and --calibration, or --explain LAYER with a plan that is there")
+        missing = " and ".join(name for name, value in (("--arch", arch), ("--calibration", calibration)) if not value)
+        raise click.UsageError(f"give {missing}, or --explain LAYER with a plan that is there")
     from sepdeploy.core.artifact import Precision
     from sepdeploy.core.options import ConvertOptions, SelectionOptions
+
+    if pareto is not None:
+        from sepdeploy.render.pareto import require_picture
+
+        require_picture(pareto)
 
     converting = ConvertOptions(
         model=model,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-__all__ = ["front_picture", "front_table"]
+__all__ = ["front_picture", "front_table", "require_picture"]
 
 _SUFFIXES = (".png", ".svg")
 _PREDICTED = "~"
@@ -64,6 +64,16 @@ def front_table(points: Sequence[FrontPoint]) -> Table:
     return table
 
 
+def require_picture(path: Path) -> None:
+    """Refuse a name that no picture can be written to, before anything that takes long.
+
+    Raises:
+        UsageError: if the suffix is not that of a PNG or SVG.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise UsageError(f"a picture is written as {' or '.join(_SUFFIXES)}, not as '{path.suffix}': {path}")
+
+
 def front_picture(points: Sequence[FrontPoint], path: Path) -> None:
     """Draw latency against damage and, where at least two plans have it, against the measured drop.
 
@@ -78,8 +88,7 @@ def front_picture(points: Sequence[FrontPoint], path: Path) -> None:
         UsageError: if the suffix is another, or the file cannot be written.
         ContractError: if there are no points, or their latencies have different units.
     """
-    if path.suffix.lower() not in _SUFFIXES:
-        raise UsageError(f"a picture is written as {' or '.join(_SUFFIXES)}, not as '{path.suffix}': {path}")
+    require_picture(path)
     # By name, not through pyplot, which would look for a display and keep the figure.
     from matplotlib import rc_context
     from matplotlib.figure import Figure

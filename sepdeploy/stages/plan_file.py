@@ -12,7 +12,16 @@ from sepdeploy.core.selection import Selection
 from sepdeploy.errors import UsageError
 from sepdeploy.planning.select import plan_of
 
-__all__ = ["read_given_plan"]
+__all__ = ["read_given_plan", "read_plan_file"]
+
+
+def read_plan_file(path: Path) -> Selection | Plan:
+    """What a file of `sepdeploy plan`, or a bundle's plan.json, says.
+
+    Raises:
+        UsageError: if it cannot be read or is neither.
+    """
+    return read_json(Selection, path) if _is_selection(path) else read_json(Plan, path)
 
 
 def read_given_plan(path: Path, traced: Trace, model_sha256: str) -> Plan:
@@ -26,7 +35,7 @@ def read_given_plan(path: Path, traced: Trace, model_sha256: str) -> Plan:
     Raises:
         UsageError: if the file cannot be read, or is about another network.
     """
-    given = read_json(Selection, path) if _is_selection(path) else read_json(Plan, path)
+    given = read_plan_file(path)
     named = given.layers if isinstance(given, Selection) else given.decisions
     sites = {site.name: site for site in traced.sites}
     unknown = {each.name for each in named} - sites.keys()

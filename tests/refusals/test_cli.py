@@ -387,3 +387,29 @@ def test_unknown_commands_and_none(capfd):
     assert "frobnicate" in refusal(capfd, ["frobnicate"], 2)
     assert "Missing argument" in refusal(capfd, ["convert"], 2)
     assert run([]) == 2
+
+
+def plan(*arguments, calibration="images.npz"):
+    return ["plan", "net.pt", "--arch", "nets.py:Net", "--calibration", str(calibration), "--output", "out", *arguments]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "net.pt", "--arch", "nets.py:Net"], "give --calibration, or --explain LAYER with a plan"),
+        (["plan", "net.pt"], "give --arch and --calibration"),
+        (["plan", "net.pt", "--explain", "conv"], "net.pt is not a valid Selection"),
+        (plan("--pareto", "front.txt"), "a picture is written as .png or .svg, not as '.txt'"),
+        (plan("--max-ratio", "2"), "'--max-ratio'"),
+        (plan("--max-size", "banana"), "'banana' is not a size above 0"),
+        (plan(calibration="empty"), "empty holds no images"),
+        (convert("--plan", "nothing.json"), "cannot read nothing.json"),
+        (convert("--plan", "corrupt.json"), "corrupt.json is not a valid Plan"),
+        (convert("--plan", "corrupt.json", "--scheme", "low_rank"), "leave out --scheme"),
+    ],
+)
+def test_plans_are_refused_before_anything_takes_long(place, capfd, arguments, message):
+    (place / "empty").mkdir()
+    (place / "corrupt.json").write_text('{"layers": [')
+    assert message in refusal(capfd, arguments, 2)
+    assert not (place / "out").exists()
