@@ -31,6 +31,9 @@ GuardMemory = MutableMapping[str, float | GuardStep]
 _FILL_TRIES = 3
 """Single convolutions tried behind the longest prefix, those of least damage first."""
 
+_HOPEFUL = 2.0
+"""The whole plan is transferred in full where the quick transfer loses at most so many times the limit."""
+
 _DAMAGE_MACS = 2e11
 """Work per damage measurement: fewer images for larger networks."""
 
@@ -89,7 +92,9 @@ def guard_plan(
     candidates = tuple(plan.replaced)
     if max_drop_points is None or not candidates:
         return run.finish(candidates)
-    if run.measure(candidates, candidates, is_quick=False).is_accepted:
+    quick = run.measure(candidates, candidates)
+    is_near = method != "data-free" and quick.drop_points <= _HOPEFUL * max_drop_points
+    if quick.is_accepted or (is_near and run.measure(candidates, candidates, is_quick=False).is_accepted):
         guarded = run.finish(candidates)
         if guarded.quality.drop_points <= max_drop_points:
             return guarded
@@ -141,7 +146,7 @@ class _Run:
     def measure(self, names: Sequence[str], added: Sequence[str], *, is_quick: bool = True) -> GuardStep:
         """Whether the network with `names` replaced holds the limit; records the step."""
         assert self.limit is not None
-        key = f"{self.limit!r}: " + " ".join(sorted(names))
+        key = f"{self.limit!r}{'' if is_quick else ' in full'}: " + " ".join(sorted(names))
         known = self.memory.get(key)
         if not isinstance(known, GuardStep):
             self.progress(f"guard: {len(names)} of {len(self.plan.replaced)} convolutions replaced")

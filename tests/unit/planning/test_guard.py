@@ -12,6 +12,7 @@ from sepdeploy.core.measurement import Quality
 from sepdeploy.core.plan import Kept, Reason, SchemeOptions
 from sepdeploy.core.report import GuardStep
 from sepdeploy.data.images import open_images
+from sepdeploy.planning import guard
 from sepdeploy.planning.candidates import propose_plan
 from sepdeploy.planning.evaluate import Evaluator, tensor_batches
 from sepdeploy.planning.guard import guard_plan
@@ -262,6 +263,25 @@ def test_order_is_damage_per_saved_work(case):
     damages = dict.fromkeys(NAMES, 0.1)
     _, evaluator = scripted(case, dict.fromkeys(NAMES, 2), 5.0, damages)
     assert evaluator.sets[1] == ("4", "6")
+
+
+@pytest.mark.parametrize(("loss", "times"), [(1.0, 1), (1.8, 1), (2.2, 0)])
+def test_the_whole_is_transferred_in_full_only_where_that_may_help(case, monkeypatch, loss, times):
+    """4 points in all hold the limit; 7.2 are within twice of it, 8.8 are not."""
+    calls = []
+    real = guard.convert_network
+
+    def convert(original, trace, plan, batches, **options):
+        calls.append((len(plan.replaced), options["is_quick"]))
+        return real(original, trace, plan, batches, **{**options, "method": "data-free"})
+
+    monkeypatch.setattr(guard, "convert_network", convert)
+    guard_plan(
+        case.net, case.trace, case.plan, case.batches, ScriptedEvaluator(dict.fromkeys(NAMES, loss)),
+        max_drop_points=4.2, method="anchored", memory={f"damage {name}": 0.1 for name in NAMES},
+    )  # fmt: skip
+    assert calls[0] == (4, True)
+    assert calls.count((4, False)) == times
 
 
 def test_partial_verdicts_are_measured_again_and_taken_back(case):
