@@ -214,6 +214,7 @@ def plan(
         if processes.is_first:
             planned = _plan(options, folder, front_points, processes, progress or Silent())
         else:
+            processes.told(None)  # that all is fine: if anything is wrong, the first process alone says so
             inputs = load_inputs(options, Silent())
             traced = trace_network(inputs.network, inputs.example(), includes_linear=options.includes_linear)
             prefer_channels_last(inputs.network, inputs.example())
@@ -234,6 +235,7 @@ def _plan(
         originals = deploy(
             store, only_target, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress
         )
+        processes.told("all is fine")
         is_trained = inputs.train is not None or options.finetune_hook is not None
         limit = first_attempt(options, is_trained=is_trained).limit_points
         chosen, _, _ = _planner(store, only_target, inputs, traced, evaluator, originals, progress, processes)(limit)

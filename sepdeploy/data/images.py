@@ -31,10 +31,17 @@ _CHUNK = 64  # images that are decoded at a time, which bounds the memory while 
 
 
 class _PixelReader:
-    """Decodes images in threads and remembers the pixels while they fit into `_CACHE_BYTES`."""
+    """Decodes images in threads and remembers the pixels while they fit into `_CACHE_BYTES`.
+
+    Attributes:
+        source: The images.
+        digests: Index -> hash of the pixels, of all images that have been decoded: large sets are decoded once to find
+            what is unreadable, and not again to tell them apart.
+    """
 
     def __init__(self, source: ImageSource, preprocess: Preprocess, size: tuple[int, int] | None) -> None:
         self.source = source
+        self.digests: dict[int, bytes] = {}
         self._preprocess = preprocess
         self._size = size
         self._cache: dict[int, Pixels] = {}
@@ -61,9 +68,11 @@ class _PixelReader:
     def _decode(self, index: int) -> Pixels | None:
         try:
             with self.source.open(index) as image:
-                return decode(image, self._preprocess, self._size)
+                pixels = decode(image, self._preprocess, self._size)
         except Exception:  # a hostile file can make a decoder raise anything; the caller counts and names it
             return None
+        digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
+        return pixels if self.digests.setdefault(index, digest) == digest else None  # None: another image by now
 
 
 class ImageSet:
@@ -148,24 +157,23 @@ class ImageSet:
 
     def without(self, other: ImageSet) -> ImageSet:
         """The images, possibly none, whose decoded pixels are not those of an image of `other`, in the same order."""
-        unwanted = set(other._digests())
-        return self._subset(np.array([i for i, digest in enumerate(self._digests()) if digest not in unwanted], int))
+        unwanted = set(other._digests)
+        return self._subset(np.array([i for i, digest in enumerate(self._digests) if digest not in unwanted], int))
 
     @cached_property
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of the preprocessing, the decoded pixels and the labels."""
         digest = hashlib.sha256(repr((astuple(self.preprocess), len(self))).encode())
-        for start in range(0, len(self), _CHUNK):
-            digest.update(self._pixels(start, start + _CHUNK).tobytes())
+        for each in self._digests:
+            digest.update(each)
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def _digests(self) -> Iterator[bytes]:
-        """A hash of each image's pixels; few images are held at once."""
-        for start in range(0, len(self), _CHUNK):
-            for pixels in self._pixels(start, start + _CHUNK):
-                yield hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
+    @property
+    def _digests(self) -> list[bytes]:
+        """A hash of each image's pixels, as they were when the set was opened."""
+        return [self._reader.digests[index] for index in self._indices.tolist()]
 
     def _subset(self, positions: Indices) -> ImageSet:
         return ImageSet(self.path, self._reader, self._indices[positions], self.preprocess, self.skipped)

@@ -103,7 +103,7 @@ def joined_processes() -> Iterator[Processes]:
         if not _is_disconnection(error):
             raise
         if state.process_index > 0:
-            raise LeaderFailedError("the first process of the training has ended") from error
+            raise LeaderFailedError("the first process has ended; its own message says why") from error
         raise ToolError(
             f"another of the {state.num_processes} processes has failed; its own message says why", stderr=str(error)
         ) from error

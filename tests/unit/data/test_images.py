@@ -275,6 +275,23 @@ def test_hash_follows_pixels_labels_and_preprocessing(class_folder, tmp_path):
     assert hash_of() != changed
 
 
+def test_sets_are_told_apart_without_decoding_again(class_folder, monkeypatch):
+    monkeypatch.setattr(images_module, "_CACHE_BYTES", 0)
+    found = open_images(str(class_folder), role="validation")
+    before = found.sha256, values_of(found.without(found.head(2)))
+    monkeypatch.setattr(found._reader, "_decode", lambda index: pytest.fail("decoded again"))
+    assert found.sha256 == before[0]
+    assert len(found.without(found.head(2))) == len(before[1]) == 6
+
+
+def test_an_image_that_has_become_another_is_refused(class_folder, monkeypatch):
+    monkeypatch.setattr(images_module, "_CACHE_BYTES", 0)
+    found = open_images(str(class_folder), role="validation")
+    save_flat(class_folder / "cat" / "0.png", 55)
+    with pytest.raises(UsageError, match=r"cat/0\.png in .* changed while it was in use"):
+        values_of(found)
+
+
 def test_pixels_beyond_the_cache_are_decoded_again(class_folder, monkeypatch):
     cached = open_images(str(class_folder), role="validation")
     monkeypatch.setattr(images_module, "_CACHE_BYTES", 3 * 4 * 6 * 3)
