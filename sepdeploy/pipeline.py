@@ -117,7 +117,9 @@ def _convert(
     originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
     planned = _planner(store, options, inputs, traced, evaluator, originals, progress)
     is_trained = inputs.train is not None or hook is not None
-    file = AttemptFile(store.work / "limit.json", {**inputs.network_key(), **_limit_options(options, inputs, hook)})
+    weighed = sha256_of_file(store.work / "selection.json") if options.selects else None
+    basis = {**inputs.network_key(), **_limit_options(options, inputs, hook), "weighed": weighed}
+    file = AttemptFile(store.work / "limit.json", basis)
     is_known = hook is None or hook.key is not None  # two closures of one name may do different things
     attempt = (file.read() if is_known else None) or first_attempt(options, is_trained=is_trained)
     while True:
@@ -318,6 +320,7 @@ def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -
         "plan": None if options.plan is None else sha256_of_file(options.plan),
         "max_drop": options.max_drop_points,
         "recoverable": options.recoverable_points,
+        "lowering": options.lowering,
         "target": options.target,
         "precision": options.precision.value,
         "calibration": inputs.calibration.sha256,

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sepdeploy.analyze.recorder import watching_modules
+from sepdeploy.analyze.recorder import run_once, watching_modules
 from sepdeploy.core.conv import Trace
-from sepdeploy.core.quiet import error_summary
 from sepdeploy.core.selection import Activation
-from sepdeploy.errors import UsageError
 
 __all__ = ["find_activations"]
 
@@ -59,13 +57,7 @@ def find_activations(model: nn.Module, example: Tensor, trace: Trace) -> dict[st
     names = {id(model.get_submodule(end)): site for end, site in ends.items()}
     watch = _Watch(names)
     with watching_modules(lambda _module: None, watch.leave), watch:
-        try:
-            returned = model(example.clone())  # a copy: networks may normalize their input in place
-        except Exception as error:
-            raise UsageError(
-                f"the network does not run on an input of shape {tuple(example.shape)}: {error_summary(error)}; "
-                "check --input-shape C,H,W and the preprocess file"
-            ) from error
+        returned = run_once(model, example.clone())  # a copy: networks may normalize their input in place
     for leaf in tree_leaves(returned):
         if isinstance(leaf, Tensor):
             watch.read(leaf, "")

@@ -13,7 +13,7 @@ from sepdeploy.bench.timing import median_interval, timed_blocks
 
 __all__ = ["Difference", "measure_differences"]
 
-_PASS_SECONDS = 0.15
+_PASS_SECONDS = 0.1
 _WARMUP = 3  # the first run allocates, the second finds the caches filled
 
 _TIGHT_RATIO = 0.03

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,17 @@ def command(
         **options,
     )
     folder = output or Path(f"{model.stem}.plan")
-    with shown_progress(is_quiet=as_json) as progress:
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    with shown_progress(is_quiet=as_json or not is_first) as progress:
         from sepdeploy.pipeline import plan  # torch: only when there is something to do
+        from sepdeploy.stages.launch import LeaderFailedError
 
-        weighed, front = plan(converting, folder, front_points=_FRONT_POINTS if pareto else 0, progress=progress)
+        try:
+            weighed, front = plan(converting, folder, front_points=_FRONT_POINTS if pareto else 0, progress=progress)
+        except LeaderFailedError as error:
+            return error.exit_code
+    if not is_first:
+        return 0
     if pareto is not None:
         from sepdeploy.render.pareto import front_picture, front_table
 

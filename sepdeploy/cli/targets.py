@@ -17,8 +17,9 @@ __all__ = ["command"]
 
 
 @click.command(short_help="List the targets: what is installed, and how many prices are known.")
+@click.option("--forget", is_flag=True, help="Forget all prices, such as those of a machine that was busy.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(as_json: bool) -> None:
+def command(forget: bool, as_json: bool) -> None:
     """List the targets that layers are priced on, how, and how many prices are remembered for this machine.
 
     \b
@@ -28,6 +29,8 @@ def command(as_json: bool) -> None:
     from sepdeploy.core.price_cache import PriceCache
 
     cache = PriceCache()
+    if forget:
+        cache.clear()
     targets = _targets(cache)
     if as_json:
         import json

@@ -83,8 +83,18 @@ class SelectionOptions:
             )
         if self.max_latency is not None and self.max_latency_ratio is not None:
             raise UsageError("--max-latency and --max-ratio say the same: give one of them")
+        if self.has_limit and self.goal != "latency":
+            raise UsageError(
+                f"--objective {self.goal} makes that small within --max-drop; with --max-latency, --max-ratio, "
+                "--max-size or --max-memory it is the damage that is made small: leave out one of the two"
+            )
         if not self.seconds_per_block > 0 or (self.pricing_seconds is not None and not self.pricing_seconds > 0):
             raise UsageError("the time for measuring blocks must be above 0")
+
+    @property
+    def takes_slower_forms(self) -> bool:
+        """Whether a form that is not faster may serve what is asked for."""
+        return self.goal != "latency" or self.max_size_bytes is not None or self.max_memory_bytes is not None
 
     @property
     def has_limit(self) -> bool:
@@ -184,6 +194,11 @@ class ConvertOptions:
             raise UsageError(f"--recoverable is in points, 0 to 100, got {self.recoverable_points:g}")
         if not self.selects and self.selection != SelectionOptions():
             raise UsageError("--objective and limits of latency, size and memory are for --scheme auto")
+        if self.selects and self.transfer != "anchored":
+            raise UsageError(
+                "--scheme auto weighs the damage that forms do after the anchored transfer; leave out --transfer, or "
+                "name a --scheme"
+            )
         if self.selects and self.max_drop_points is None and not self.selection.has_limit:
             object.__setattr__(self, "max_drop_points", DEFAULT_MAX_DROP)
         if self.calibration_images < 1 or self.threads < 1 or self.seed < 0 or not self.bench_seconds > 0:

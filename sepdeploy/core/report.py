@@ -118,7 +118,7 @@ class Check:
     """A promise and whether it holds.
 
     Attributes:
-        name: 'accuracy' or 'speed'.
+        name: 'accuracy', 'speed', 'latency', 'size' or 'memory'.
         is_met: Whether it holds.
         sentence: What was measured against what limit, for the user.
     """

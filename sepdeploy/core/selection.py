@@ -130,6 +130,7 @@ class Selection:
         original_cost: Of the whole original network, median.
         layers: What was weighed, per layer in the order of the trace.
         notes: What the user should know of how it was priced.
+        taken_back: Layer -> why it went back to what it was after the whole was measured.
 
     Raises:
         UsageError: if a layer is chosen that is not there, one is there twice, or a label is none of its layer's.
@@ -145,6 +146,7 @@ class Selection:
     original_cost: float
     layers: tuple[LayerChoices, ...]
     notes: tuple[str, ...] = ()
+    taken_back: dict[str, str] = field(default_factory=dict)
     format_version: Literal[1] = 1
 
     def __post_init__(self) -> None:

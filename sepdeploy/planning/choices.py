@@ -151,6 +151,9 @@ def _layer_forms(
     refused = {label: _sentence(kept) for label, kept in refusals.items()}
     if not forms:
         return LayerForms(site.name, (), refused, _why_kept(refusals))
+    same = _repeated(forms)
+    refused |= same
+    forms = {label: candidate for label, candidate in forms.items() if label not in same}
     lowerings = {label: target_lowerings(candidate.form) for label, candidate in forms.items()}
     refused |= {label: "the target has no way to run it" for label, ways in lowerings.items() if not ways}
     forms = {label: candidate for label, candidate in forms.items() if lowerings[label]}
@@ -159,6 +162,16 @@ def _layer_forms(
     left_out = _thinned_out(forms)
     weighed = (Form(label, candidate, lowerings[label]) for label, candidate in forms.items() if label not in left_out)
     return LayerForms(site.name, tuple(weighed), refused | dominated | left_out)
+
+
+def _repeated(forms: Mapping[str, Candidate]) -> dict[str, str]:
+    """Label -> which one before it is the same: schemes meet at the ends of their grids."""
+    first: dict[ChainSum, str] = {}
+    return {
+        label: f"the same as {first[candidate.form]}"
+        for label, candidate in forms.items()
+        if first.setdefault(candidate.form, label) != label
+    }
 
 
 def _grid_forms(

@@ -22,7 +22,7 @@ def price_blocks(
     groups: Mapping[FusedBlock, Sequence[FusedBlock]],
     cache: PriceCache,
     *,
-    seconds_per_block: float = 0.5,
+    seconds_per_block: float = 0.2,
     budget_seconds: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -48,7 +48,7 @@ def price_blocks(
     Raises:
         ToolError: if the target fails as a whole; what was measured until then is in the cache.
     """
-    key = target.key()
+    key = {**target.key(), "seconds": seconds_per_block}  # what was timed in a hurry is not to last
     prices: dict[tuple[FusedBlock, FusedBlock], Price | str] = {}
     missing: dict[FusedBlock, list[FusedBlock]] = {}
     for dense, others in groups.items():

@@ -52,6 +52,8 @@ def plan_of(
     weighed = {layer.name: layer for layer in layers}
 
     def outcome(name: str) -> Replaced | Kept:
+        if name not in weighed:
+            return Kept(trace.site(name).reason or Reason.NOTHING_WEIGHED, "the plan does not list it")
         layer = weighed[name]
         choice = chosen[name]
         if choice.candidate is not None:

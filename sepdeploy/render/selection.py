@@ -92,14 +92,20 @@ def explanation(selection: Selection, name: str) -> tuple[Table, str]:
 
 def _why(selection: Selection, layer: LayerChoices, chosen: Choice) -> str:
     if layer.kept is not None:
-        return f"{layer.name} stays as it is: {layer.kept.reason.value}"
+        detail = f" ({layer.kept.detail})" if layer.kept.detail else ""
+        return f"{layer.name} stays as it is: {layer.kept.reason.value}{detail}"
+    if chosen.candidate is None and layer.name in selection.taken_back:
+        return f"{layer.name} stays as it is: {selection.taken_back[layer.name]}"
     unit = selection.unit
     faster = [choice for choice in layer.choices if choice.difference < chosen.difference]
     milder = [choice for choice in layer.choices if choice.damage < chosen.damage]
     if chosen.candidate is None:
         sentence = f"{layer.name} stays as it is"
-        if not faster:
-            return f"{sentence}: none of {plural(len(layer.choices) - 1, 'form')} measured is faster on the target"
+        if len(layer.choices) == 1:
+            return f"{sentence}: none of its {plural(len(layer.refused), 'form')} could be measured on the target"
+        if not any(choice.difference_high < 0 for choice in layer.choices):
+            forms = plural(len(layer.choices) - 1, "form")
+            return f"{sentence}: none of {forms} measured is faster on the target by the whole of its interval"
     else:
         saved = three_digits(-chosen.difference)
         sentence = (

@@ -41,8 +41,8 @@ def read_given_plan(path: Path, traced: Trace, model_sha256: str) -> Plan:
     unknown = {each.name for each in named} - sites.keys()
     if unknown:
         raise UsageError(
-            f"{path} decides about {', '.join(sorted(unknown))}, which the network does not have; make it anew with "
-            "'sepdeploy plan'"
+            f"{path} decides about {', '.join(sorted(unknown))}, which the network does not have (linear layers count "
+            "with --linear); make it anew with 'sepdeploy plan'"
         )
     if isinstance(given, Selection):
         if given.model_sha256 != model_sha256:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_file, write_text
 from sepdeploy.core.manifest import FileEntry, Manifest, RunRecord
 from sepdeploy.core.measurement import Quality
-from sepdeploy.core.memory import MemoryProfile
+from sepdeploy.core.memory import BYTES_PER_VALUE, MemoryProfile
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.receptive_field import receptive_field
@@ -108,7 +108,7 @@ def make_report(
         transferred_quality=qualities.transferred,
         converted_quality=qualities.converted,
         artifacts=in_bundle,
-        checks=_checks(options, plan, in_bundle, qualities.converted),
+        checks=_checks(options, plan, in_bundle, qualities.converted, network, memory_after),
         notes=(
             *inputs.notes,
             *_quality_notes(inputs, traced, qualities.original),
@@ -152,7 +152,12 @@ def write_bundle(options: ConvertOptions, inputs: Inputs, report: Report, record
 
 
 def _checks(
-    options: ConvertOptions, plan: Plan, results: Sequence[ArtifactResult], network: Quality
+    options: ConvertOptions,
+    plan: Plan,
+    results: Sequence[ArtifactResult],
+    quality_of_network: Quality,
+    network: nn.Module,
+    memory: MemoryProfile,
 ) -> tuple[Check, ...]:
     converted = target_result(results, options, Role.CONVERTED)
     checks = []
@@ -162,21 +167,56 @@ def _checks(
             f"{quality.drop_points:.2f} points of {quality.drop_basis} lost by the {options.target} "
             f"{options.precision.value} file on {quality.images} images, the limit is {limit:g}"
         )
-        if quality.drop_points > limit and network.drop_points <= limit:
+        if quality.drop_points > limit and quality_of_network.drop_points <= limit:
             sentence += (
-                f"; the float network loses {network.drop_points:.2f}, so the {options.precision.value} "
+                f"; the float network loses {quality_of_network.drop_points:.2f}, so the {options.precision.value} "
                 "file costs the rest: raise --max-drop, or use --precision float32"
             )
         checks.append(Check("accuracy", quality.drop_points <= limit, sentence))
-    if plan.scheme != "dense":
+    # Where something else than speed was asked for, a slower file is worth a note (`_file_notes`), but not a failure.
+    is_about_speed = not (options.selects and options.selection.takes_slower_forms)
+    if plan.scheme != "dense" and (is_about_speed or not plan.replaced):
         checks.append(_speed_check(options, plan, converted))
+    if options.selects:
+        checks += _limit_checks(options, converted, sum(p.numel() for p in network.parameters()), memory)
     return tuple(checks)
+
+
+def _limit_checks(
+    options: ConvertOptions, converted: ArtifactResult, params: int, memory: MemoryProfile
+) -> Iterator[Check]:
+    """Whether what was asked of the selection holds for what is handed over."""
+    wanted, latency = options.selection, converted.latency
+    where = f"{options.target} {options.precision.value}"
+    if wanted.max_latency is not None and latency is not None:
+        sentence = f"{latency.median_ms:.3g} ms for one inference on {where} (median), the limit is"
+        yield Check("latency", latency.median_ms <= wanted.max_latency, f"{sentence} {wanted.max_latency:g} ms")
+    if wanted.max_latency_ratio is not None and latency is not None:
+        # The original's own files have no speed-up.
+        ratio = 1.0 if latency.speedup is None else 1 / latency.speedup
+        sentence = f"{100 * ratio:.3g}% of the original's latency on {where}, the limit is"
+        yield Check("latency", ratio <= wanted.max_latency_ratio, f"{sentence} {100 * wanted.max_latency_ratio:.3g}%")
+    if wanted.max_size_bytes is not None:
+        size = params * BYTES_PER_VALUE[options.precision]
+        sentence = (
+            f"{size:,} bytes of weights in {options.precision.value} (the file has {converted.artifact.size_bytes:,}), "
+            f"the limit is {wanted.max_size_bytes:,}"
+        )
+        yield Check("size", size <= wanted.max_size_bytes, sentence)
+    if wanted.max_memory_bytes is not None:
+        peak = memory.peak(options.precision)
+        needed = peak.live_bytes(options.precision)
+        sentence = (
+            f"{needed:,} bytes of activations at the peak in {options.precision.value} ({peak.operator} in "
+            f"{peak.module or 'the network itself'}), the limit is {wanted.max_memory_bytes:,}"
+        )
+        yield Check("memory", needed <= wanted.max_memory_bytes, sentence)
 
 
 def _speed_check(options: ConvertOptions, plan: Plan, converted: ArtifactResult) -> Check:
     latency = converted.latency
     if not plan.replaced:
-        what = "no form measured faster within the limits" if options.selects else "no convolution could be replaced"
+        what = "no form is better within the limits" if options.selects else "no convolution could be replaced"
         return Check("speed", False, f"{what}, so the files hold the original network; the plan says why")
     if latency is None or latency.speedup is None or latency.speedup_low is None:
         raise ContractError("the target's file was not timed against the original")

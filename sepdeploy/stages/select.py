@@ -21,7 +21,7 @@ from sepdeploy.core.pareto import FrontPoint
 from sepdeploy.core.plan import Candidate, Kept, Plan, Reason
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import SelectionSummary
-from sepdeploy.core.selection import Choice, Selection
+from sepdeploy.core.selection import Choice, LayerChoices, Selection
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import ContractError, UsageError
 from sepdeploy.planning.evaluate import Evaluator, batch_size_for, tensor_batches
@@ -78,6 +78,7 @@ def run_selection(
         **damage_key(options, inputs),
         "weighed": sha256_of_bytes(to_json(weighed).encode()),
         "selection": repr(options.selection),
+        "lowering": options.lowering,
         "validation": inputs.validation.sha256,
         "transfer": options.transfer,
         "threads": [torch.get_num_threads(), options.threads],
@@ -148,20 +149,26 @@ class _Run:
             return self.search.within_drop(self.limit_points)
         limits = _limits_of(self.options, self.weighed, self.traced)
         wanted = limits.latency
+        guarded = None
         for _ in range(_LATENCY_TRIES):
             self.search.limits = limits
             try:
                 guarded = self.search.least_damage()
             except UnreachableLimitError as error:
-                raise _unreachable(error, self.weighed, self.traced, self.options.precision) from error
+                if guarded is None:
+                    raise _unreachable(error, self.weighed, self.traced, self.options.precision) from error
+                break  # nothing faster is left; the report says by how much the limit is missed
             if wanted is None or not guarded.plan.replaced:
                 break
             latency = self.timed(guarded.plan, guarded.network)
-            # By the speed-up: the machine may be faster or slower now than when the table was made.
-            reached = self.weighed.original_cost / (latency.speedup or 1.0) - self.weighed.original_cost
+            # By the speed-up: the machine may be faster or slower now than when the table was made. By its lower end:
+            # what is handed over is measured once more, and has to hold the limit then.
+            reached = self.weighed.original_cost / (latency.speedup_low or 1.0) - self.weighed.original_cost
             if reached <= wanted:
                 break
             limits = replace(limits, latency=wanted - (reached - self._difference(guarded.plan)))
+        if guarded is None:
+            raise ContractError("no plan was tried")
         return guarded
 
     def _weakest(self, plan: Plan) -> tuple[str, ...]:
@@ -195,6 +202,19 @@ class _Run:
             given_up=given_up,
             notes=self.weighed.notes,
         )
+
+
+def _sure(layer: LayerChoices) -> LayerChoices:
+    """Only forms that are faster by the whole of their interval: of many that are none, some always look faster."""
+    dense, *others = layer.choices
+    sure = [choice for choice in others if choice.difference_high < 0]
+    if sure or not others or layer.kept is not None:
+        return replace(layer, choices=(dense, *sure))
+    best = min(others, key=lambda choice: choice.difference_high)
+    numbers = (
+        f"{best.label}: {best.difference:+.3g}, 95% interval {best.difference_low:+.3g} to {best.difference_high:+.3g}"
+    )
+    return replace(layer, choices=(dense,), kept=Kept(Reason.NOT_FASTER, numbers))
 
 
 def _limits_of(options: ConvertOptions, weighed: Selection, traced: Trace) -> Limits:
@@ -237,7 +257,12 @@ def with_plan(weighed: Selection, plan: Plan) -> Selection:
             for choice in layer.choices
             if (choice.candidate and choice.candidate.form) == (candidate and candidate.form)
         )
-    return replace(weighed, chosen=chosen)
+    taken_back = {
+        name: f"{kept.reason.value} ({kept.detail})"
+        for name, kept in plan.kept.items()
+        if kept.reason is Reason.NOT_FASTER_WHOLE
+    }
+    return replace(weighed, chosen=chosen, taken_back=taken_back)
 
 
 def measure_front(
@@ -263,12 +288,13 @@ def measure_front(
     if points == 0:
         return ()
     search = _search(options, inputs, traced, weighed, evaluator, {}, progress)
-    quality = evaluator.original_quality()
+    quality, _ = evaluator.quality(inputs.network, most=_FRONT_IMAGES)  # on the images of the others
     rest_macs = traced.total_macs - sum(layer.choices[0].macs for layer in weighed.layers)
     rest_params = traced.total_params - sum(layer.choices[0].params for layer in weighed.layers)
     bytes_each = BYTES_PER_VALUE[options.precision]
 
     def point(name: str, solution: Solution, quality: Quality, *, is_chosen: bool = False) -> FrontPoint:
+        is_original = not any(choice.candidate for choice in solution.chosen.values())
         cost = weighed.original_cost + solution.difference
         return FrontPoint(
             name=name,
@@ -281,7 +307,8 @@ def measure_front(
             size_bytes=bytes_each * (rest_params + solution.params),
             macs=rest_macs + solution.macs,
             is_chosen=is_chosen,
-            is_original=not any(choice.candidate for choice in solution.chosen.values()),
+            is_predicted=not is_original,
+            is_original=is_original,
         )
 
     found = [point("original", search.nothing(), quality)]
@@ -308,7 +335,7 @@ def _search(
     return Search(
         inputs.network,
         traced,
-        weighed.layers,
+        weighed.layers if options.selection.takes_slower_forms else tuple(map(_sure, weighed.layers)),
         weighed.unit,
         weighed.lowered_for,
         tensor_batches(inputs.calibration, batch_size_for(traced)),

@@ -18,7 +18,7 @@ from sepdeploy.core.selection import Activation, Choice, FusedBlock, LayerChoice
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import ContractError
 from sepdeploy.planning.candidates import drop_failing
-from sepdeploy.planning.choices import LayerForms, propose_choices
+from sepdeploy.planning.choices import LayerForms, TargetLowerings, propose_choices
 from sepdeploy.planning.damage import measure_damages
 from sepdeploy.planning.evaluate import batch_size_for, tensor_batches
 from sepdeploy.planning.fused_block import blocks_of_site, dense_form
@@ -67,15 +67,18 @@ def weigh(
     key = {
         **damage_key(options, inputs),
         "target": target.key(),
-        "goal": options.selection.goal,
+        "lowering": options.lowering,
         "memory": options.selection.max_memory_bytes is not None,
         "seconds": [options.selection.seconds_per_block, options.selection.pricing_seconds],
+        # With a time limit prices may be missing: as more become known, all is weighed anew.
+        "known": None if options.selection.pricing_seconds is None else _known_prices(),
     }
 
     def make() -> None:
         progress.stage("selection: candidates")
         fit = tensor_batches(held_out_images(inputs, options.seed)[0], batch_size_for(traced))
-        forms = propose_choices(traced, inputs.network, target.lowerings, fit, progress=progress.step)
+        lowerings = target.lowerings if options.lowering is None else _the_users(options.lowering)
+        forms = propose_choices(traced, inputs.network, lowerings, fit, progress=progress.step)
         forms = _without_failing(forms, inputs, traced)
         damages = _measured_damages(store, options, inputs, traced, forms, processes, progress)
         prices = _measured_prices(options, inputs, traced, forms, target, progress)
@@ -101,6 +104,19 @@ def weigh(
     if not store.run("weigh", key, (path,), make):
         processes.told(())  # nothing to measure
     return read_json(Selection, path)
+
+
+def _the_users(lowering: tuple[str, ...]) -> TargetLowerings:
+    """What the user wants all forms to be written down as is what is priced."""
+    return lambda _form: (lowering,)
+
+
+def _known_prices() -> int:
+    """How many prices are in the cache."""
+    cache = PriceCache()
+    count = sum(row.prices for row in cache.summary())
+    cache.close()
+    return count
 
 
 def damage_key(options: ConvertOptions, inputs: Inputs) -> dict[str, object]:
@@ -191,7 +207,8 @@ def _measured_prices(
     activations = find_activations(inputs.network, inputs.example(), traced)
     groups: dict[FusedBlock, dict[FusedBlock, None]] = {}
     blocks = _Blocks(traced, activations)
-    for each in forms:
+    # Where the time may not last for all, there is most to gain in the largest.
+    for each in sorted(forms, key=lambda each: -traced.site(each.name).macs):
         for _, candidate, lowerings in each.forms:
             for lowering in lowerings:
                 for dense, block in blocks.pairs(each.name, candidate, lowering):
@@ -275,7 +292,8 @@ def _layer_choices(
         if not known:
             refused[label] = next(cost for cost in costs.values() if isinstance(cost, str))
             continue
-        lowering = min(known, key=lambda each: known[each][0])
+        # By the end of the interval: the least of several medians is mostly the luckiest one.
+        lowering = min(known, key=lambda each: known[each][2])
         damage = damages[forms.name][label]
         choices.append(Choice(label, candidate, lowering, *known[lowering], damage, candidate.macs, candidate.params))
     return LayerChoices(forms.name, tuple(choices), refused, forms.kept)
@@ -294,6 +312,7 @@ def _with_peaks(
             profile = dense
             if choice.candidate is not None:
                 profile = memory_with_candidates(inputs.network, traced, {layer.name: choice.candidate}, example)
-            choices.append(replace(choice, peak_bytes=profile.module_peak_bytes(layer.name, precision)))
+            # A layer that no module runs keeps nothing alive that is not counted elsewhere.
+            choices.append(replace(choice, peak_bytes=profile.module_peak_bytes(layer.name, precision) or 0))
         result.append(replace(layer, choices=tuple(choices)))
     return tuple(result)

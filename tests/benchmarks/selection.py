@@ -38,6 +38,7 @@ from sepdeploy.core.progress import Progress
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.loading.arch import build_architecture
 from sepdeploy.planning.convert import convert_network
+from sepdeploy.planning.damage import measure_damages
 from sepdeploy.planning.evaluate import tensor_batches
 from sepdeploy.planning.select import plan_of
 from sepdeploy.planning.solve import Limits, pareto_front, solve
@@ -117,7 +118,6 @@ class Study:
             torch.save(build_architecture(arch).module.state_dict(), model)
             pixels = np.random.default_rng(0).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
             np.savez(images, images=pixels)
-            weigh.measure_damages = layer_errors
         self.options = ConvertOptions(
             model, arch, str(images), preprocess=preprocess, target=target, precision=Precision(precision),
             formats=(TARGETS[target],), threads=threads, output=folder / "-".join(map(str, self.name)),
@@ -128,6 +128,7 @@ class Study:
         self.inputs.network.eval()
         self.traced = trace_network(self.inputs.network, self.inputs.example())
         self.original = self.files("original", self.inputs.network, Role.ORIGINAL)
+        weigh.measure_damages = measure_damages if net in TRAINED else layer_errors
         store = StageStore(self.options.output_folder / "weighed", on_change=lambda: None)
         self.weighed = weigh.weigh(
             store, self.options, self.inputs, self.traced,
@@ -227,9 +228,10 @@ def summary(rows):
     by_name = {row.plan: row for row in rows}
     for name in UNIFORM:
         if f"uniform {name}" in by_name:
-            ours, uniform, macs = (
-                1 / by_name[f"{kind} {name}"].measured_ratio for kind in ("ours at", "uniform", "macs at")
-            )
+            rows_of = [
+                by_name.get(f"{kind} {name}") for kind in ("ours at", "uniform", "macs at")
+            ]  # none: the original
+            ours, uniform, macs = (1.0 if row is None else 1 / row.measured_ratio for row in rows_of)
             yield f"at the damage of {name}: ours {ours:.2f}x, uniform {uniform:.2f}x, fewest MACs {macs:.2f}x"
 
 

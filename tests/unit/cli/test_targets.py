@@ -54,6 +54,12 @@ def test_targets_as_tables(capsys: pytest.CaptureFixture[str], cache: PriceCache
     assert "Prices known" not in capsys.readouterr().out
 
 
+def test_prices_can_be_forgotten(capsys: pytest.CaptureFixture[str], cache: PriceCache) -> None:
+    assert main.run(["targets", "--forget", "--json"]) == 0
+    assert all(not target["cached"] for target in json.loads(capsys.readouterr().out)["targets"])
+    assert cache.summary() == ()
+
+
 def test_what_is_missing_comes_with_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

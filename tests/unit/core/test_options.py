@@ -36,6 +36,14 @@ def test_limits_out_of_range_are_refused(changes, message):
         SelectionOptions(**changes)
 
 
+def test_what_a_selection_cannot_do_is_refused():
+    with pytest.raises(UsageError, match="--objective macs makes that small within --max-drop"):
+        SelectionOptions(goal="macs", max_latency_ratio=0.5)
+    with pytest.raises(UsageError, match="weighs the damage that forms do after the anchored transfer"):
+        options(transfer="data-free")
+    assert options(transfer="data-free", scheme="low_rank").transfer == "data-free"
+
+
 def test_what_only_a_selection_reads_is_refused_elsewhere():
     for changes in ({"scheme": "low_rank"}, {"plan": Path("plan.json")}):
         with pytest.raises(UsageError, match="are for --scheme auto"):

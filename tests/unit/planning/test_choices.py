@@ -1,5 +1,7 @@
 """What is weighed for each layer, and why the rest is not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -110,6 +112,14 @@ def test_equal_forms_come_once_and_different_ones_have_different_labels():
         *labels_of(layer),
         *layer.refused,
     }
+
+
+def test_forms_in_which_schemes_meet_come_once(proposed):
+    forms = [form.candidate.form for form in proposed["2"].forms]
+    assert len(set(forms)) == len(forms)
+    form = proposed["2"].forms[0].candidate
+    other = replace(form, scheme="another scheme")
+    assert choices._repeated({"a": form, "b": other, "c": form}) == {"b": "the same as a", "c": "the same as a"}
 
 
 def test_a_form_that_costs_more_and_errs_more_is_dominated():

@@ -84,8 +84,10 @@ def test_each_block_is_measured_once_and_never_again(cache: PriceCache) -> None:
     assert target.seconds == {0.25}
     cache.close()
     again = CountingTarget()
-    assert price_blocks(again, groups, PriceCache(cache.path)) == first
+    assert price_blocks(again, groups, PriceCache(cache.path), seconds_per_block=0.25) == first
     assert again.measured == []
+    price_blocks(again, groups, PriceCache(cache.path), seconds_per_block=1.0)
+    assert len(again.measured) == 2, "what was timed in a hurry does not last"
 
 
 def test_only_what_is_missing_is_measured(cache: PriceCache) -> None:
@@ -131,7 +133,9 @@ def test_many_blocks_are_measured_in_batches_that_are_kept(cache: PriceCache) ->
     with pytest.raises(ToolError, match="crashed"):
         price_blocks(target, {DENSE: [*blocks, broken]}, cache)
     assert [len(others) for _, others in target.measured] == [16, 5]
-    assert sum(cache.get(target.key(), DENSE, block) is not None for block in blocks) == 16
+    again = CountingTarget()
+    price_blocks(again, {DENSE: blocks}, cache)
+    assert [len(others) for _, others in again.measured] == [4]
 
 
 def test_progress_says_how_far_it_is(cache: PriceCache) -> None:

@@ -49,6 +49,14 @@ def test_what_is_chosen_becomes_the_plan(tmp_path, traced, selection):
     assert list(read_given_plan(tmp_path / "edited.json", traced, "abc").replaced) == ["0", "2"]
 
 
+def test_layers_that_the_plan_does_not_list_stay(tmp_path, selection, traced):
+    shorter = dataclasses.replace(selection, layers=selection.layers[:1], chosen={"0": "one term"})
+    write_json(tmp_path / "plan.json", shorter)
+    plan = read_given_plan(tmp_path / "plan.json", traced, "abc")
+    assert list(plan.replaced) == ["0"]
+    assert plan.kept["2"].detail == "the plan does not list it"
+
+
 def test_the_plan_of_a_bundle_is_taken_as_it_is(tmp_path, traced):
     plan = propose_plan(traced, "low_rank", SchemeOptions())
     write_json(tmp_path / "plan.json", plan)

@@ -1,5 +1,6 @@
 """The promise: a plan whose whole does not measure faster is given up, layer by layer, at the end to the original."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.artifact import Precision
 from sepdeploy.core.measurement import Environment, Latency, Method, Quality
 from sepdeploy.core.options import ConvertOptions, SelectionOptions
-from sepdeploy.core.plan import Reason, SchemeOptions
+from sepdeploy.core.plan import Kept, Reason, SchemeOptions
 from sepdeploy.core.progress import Silent
 from sepdeploy.core.selection import Choice, LayerChoices, Selection
 from sepdeploy.errors import UsageError
@@ -18,6 +19,7 @@ from sepdeploy.planning.candidates import propose_plan
 from sepdeploy.planning.guard import Guarded
 from sepdeploy.planning.select import plan_of
 from sepdeploy.planning.solve import solve
+from sepdeploy.render.selection import explanation
 from sepdeploy.stages import select
 from sepdeploy.stages.select import with_plan
 
@@ -132,6 +134,25 @@ def test_a_limit_of_latency_is_solved_anew_where_the_whole_is_slower_than_its_pa
     assert tuple(plan.replaced) == ("8",) or summary.predicted_cost <= 3.6
 
 
+def test_a_limit_that_the_whole_misses_is_not_called_unreachable(weighed_and_traced):
+    # The whole takes as long as the original, whatever is replaced: the fastest plan is handed over, and measured.
+    plan, _, timed = run(weighed_and_traced, lambda r: (1.01, 1.02, 1.03), limit=None, max_latency=3.0)
+    assert len(timed) >= 2
+    assert len(plan.replaced) >= len(timed[0])
+
+
+def test_forms_that_may_not_be_faster_are_not_taken(weighed_and_traced):
+    weighed, _ = weighed_and_traced
+    dense, one = weighed.layers[0].choices
+    unsure = dataclasses.replace(one, difference=-0.1, difference_low=-0.3, difference_high=0.02)
+    layer = select._sure(dataclasses.replace(weighed.layers[0], choices=(dense, unsure)))
+    assert layer.choices == (dense,)
+    assert layer.kept.reason is Reason.NOT_FASTER
+    assert layer.kept.detail == "one: -0.1, 95% interval -0.3 to +0.02"
+    both = select._sure(dataclasses.replace(weighed.layers[0], choices=(dense, unsure, one)))
+    assert (both.choices, both.kept) == ((dense, one), None)
+
+
 def test_limits_of_size_and_memory(weighed_and_traced):
     weighed, traced = weighed_and_traced
     options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(max_memory_bytes=400))
@@ -170,4 +191,10 @@ def test_the_plan_goes_back_into_the_file(weighed_and_traced):
     weighed, traced = weighed_and_traced
     chosen = {layer.name: layer.choices[layer.name == "4"] for layer in weighed.layers}
     plan = plan_of(traced, weighed.layers, chosen, "ms", "ort float32")
+    kept = Kept(Reason.NOT_FASTER_WHOLE, "0.9 to 1.1x the original's speed with it")
+    after = with_plan(weighed, plan.with_outcome("4", kept))
+    assert after.chosen["4"] == "dense"
+    assert after.taken_back["4"].endswith("(0.9 to 1.1x the original's speed with it)")
+    assert after.taken_back["4"] in explanation(after, "4")[1]
+    assert with_plan(weighed, plan).taken_back == {}
     assert with_plan(weighed, plan).chosen == {**dict.fromkeys(NAMES, "dense"), "4": "one"}

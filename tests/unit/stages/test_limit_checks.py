@@ -1,0 +1,45 @@
+"""What was asked of the selection is looked at on what is handed over."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sepdeploy.core.memory import MemoryProfile, MemoryStep
+from sepdeploy.core.options import ConvertOptions, SelectionOptions
+from sepdeploy.stages.report import _limit_checks
+
+MEMORY = MemoryProfile((MemoryStep("", "input", 12), MemoryStep("cat", "concat", 25)))
+
+
+def checks(speedup=2.0, **selection):
+    options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(**selection))
+    converted = SimpleNamespace(
+        latency=SimpleNamespace(median_ms=3.0, speedup=speedup), artifact=SimpleNamespace(size_bytes=900)
+    )
+    return {check.name: check for check in _limit_checks(options, converted, 200, MEMORY)}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "holds", "is_broken", "sentence"),
+    [
+        ("latency", "max_latency", 3.0, 2.9, "3 ms for one inference on ort float32 (median), the limit is 2.9 ms"),
+        ("latency", "max_latency_ratio", 0.5, 0.4, "50% of the original's latency on ort float32, the limit is 40%"),
+        ("size", "max_size_bytes", 800, 799, "800 bytes of weights in float32 (the file has 900), the limit is 799"),
+        ("memory", "max_memory_bytes", 100, 99, "100 bytes of activations at the peak in float32 (concat in cat)"),
+    ],
+)
+def test_each_limit_is_checked(name, option, holds, is_broken, sentence):
+    assert checks(**{option: holds})[name].is_met
+    broken = checks(**{option: is_broken})[name]
+    assert not broken.is_met
+    assert sentence in broken.sentence
+
+
+def test_the_original_takes_all_of_its_own_latency():
+    assert not checks(speedup=None, max_latency_ratio=0.9)["latency"].is_met
+    assert checks(speedup=None, max_latency_ratio=1.0)["latency"].is_met
+
+
+def test_without_a_limit_there_is_nothing_to_check():
+    assert checks() == {}
