@@ -25,7 +25,10 @@ __all__ = [
 ]
 
 TARGETS: dict[str, Format] = {"ort": Format.ONNX, "litert": Format.TFLITE}
-"""Runtime on this CPU -> the file format that it runs."""
+"""Target -> the file format that it runs; how it is measured is in `planning/target.py`."""
+
+TARGET_TITLES: dict[str, str] = {"ort": "ONNX Runtime", "litert": "LiteRT"}
+"""Target -> its name in sentences."""
 
 RECOVERED_BY_RECONSTRUCTION = 3.0
 """Points beyond --max-drop that the guard lets through because block reconstruction may win them back."""

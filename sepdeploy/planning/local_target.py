@@ -18,7 +18,9 @@ from sepdeploy.planning.target import TargetKind
 
 if TYPE_CHECKING:
     from sepdeploy.bench.session import Session
+    from sepdeploy.core.artifact import Artifact
     from sepdeploy.core.chain import ChainSum
+    from sepdeploy.core.measurement import Latency
     from sepdeploy.core.progress import Progress
 
 __all__ = ["LITERT", "ORT", "LocalTarget"]
@@ -117,6 +119,12 @@ class LocalTarget:
                 )
             )
         return prices
+
+    def compare(self, files: Sequence[Artifact], *, seconds: float, seed: int) -> list[Latency]:
+        """Latency of whole files, from interleaved rounds; see `Target`."""
+        from sepdeploy.bench.files import time_files
+
+        return time_files(files, threads=self.threads, seconds=seconds, seed=seed)
 
     def _opened(self, file: Path | str, block: FusedBlock, seed: int) -> Session | str:
         """A session that has run once; why not, as a sentence."""

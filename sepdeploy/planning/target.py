@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from sepdeploy.core.artifact import Format, Precision
-from sepdeploy.core.measurement import Method
+from sepdeploy.core.artifact import Artifact, Format, Precision
+from sepdeploy.core.measurement import Latency, Method
 from sepdeploy.errors import ToolError, UsageError
 
 if TYPE_CHECKING:
@@ -73,6 +73,15 @@ class Target(Protocol):
 
         Returns:
             One price for each of `others`, in order, or a sentence that says why it could not be built or run.
+        """
+
+    def compare(self, files: Sequence[Artifact], *, seconds: float, seed: int) -> list[Latency]:
+        """Latency of whole files of the target's format and precision, in the same rounds where time is measured.
+
+        Args:
+            files: At least one; speed-ups are relative to the first.
+            seconds: Time to spend on each, where time is what is measured.
+            seed: Seed of the random inputs.
         """
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sepdeploy.core.artifact import Format, Role
 from sepdeploy.core.describe import describe_form
 from sepdeploy.core.measurement import Environment, Latency, Method, Quality
+from sepdeploy.core.options import TARGET_TITLES, TARGETS
 from sepdeploy.core.plan import Decision, Plan, Reason, Replaced
 from sepdeploy.core.report import ArtifactResult, Report
 from sepdeploy.errors import ContractError, UsageError
@@ -45,8 +46,6 @@ __all__ = [
     "target_result",
     "verdict",
 ]
-
-_TARGETS = {"ort": (Format.ONNX, "ONNX Runtime"), "litert": (Format.TFLITE, "LiteRT")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +88,11 @@ def target_label(report: Report) -> str:
 
 
 def _target(report: Report) -> tuple[Format, str]:
-    if report.target not in _TARGETS:
+    if report.target not in TARGETS:
         raise UsageError(
-            f"the report's target '{report.target}' is not one of {', '.join(_TARGETS)}; make the report again"
+            f"the report's target '{report.target}' is not one of {', '.join(TARGETS)}; make the report again"
         )
-    return _TARGETS[report.target]
+    return TARGETS[report.target], TARGET_TITLES[report.target]
 
 
 def verdict(report: Report) -> str:

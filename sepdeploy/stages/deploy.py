@@ -15,8 +15,8 @@ from torch import nn
 
 from sepdeploy.bench.accuracy import QualityMeter
 from sepdeploy.bench.environment import cpu_name
-from sepdeploy.bench.session import Session, open_session
-from sepdeploy.bench.timing import measure
+from sepdeploy.bench.files import time_files
+from sepdeploy.bench.session import open_session
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
@@ -32,6 +32,7 @@ from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.passes.lower_chains import DEFAULT_LOWERINGS, lower_chains, lowerings_that_apply
 from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import Evaluator, run_network
+from sepdeploy.planning.target import find_target
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.stages.load import Inputs
 from sepdeploy.version import __version__
@@ -279,7 +280,7 @@ def measure_quality(
 
     def make() -> None:
         progress.stage(f"running the {artifact.role.value} {artifact.precision.value} {artifact.format.value} file")
-        session = _open(artifact, options)
+        session = open_session(Path(artifact.path), threads=options.threads, is_channels_last=artifact.is_channels_last)
         meter = QualityMeter()
         done = 0
         for batch, reference, labels in evaluator.reference_batches():
@@ -326,8 +327,10 @@ def measure_network(
 
 
 def target_latency(results: Sequence[ArtifactResult], options: ConvertOptions) -> Latency:
-    """Latency of the last of some files of the target; against the first, interleaved, if there are several."""
-    return _interleaved(results, options)[-1]
+    """Latency of the last of some files on the target; against the first, in the same rounds, if there are several."""
+    target = find_target(options.target, options.precision, options.threads)
+    files = [result.artifact for result in results]
+    return target.compare(files, seconds=options.bench_seconds, seed=options.seed)[-1]
 
 
 def measure_latency(results: list[ArtifactResult], options: ConvertOptions, progress: Progress) -> list[ArtifactResult]:
@@ -337,22 +340,12 @@ def measure_latency(results: list[ArtifactResult], options: ConvertOptions, prog
         for precision in Precision:
             pair = [r for r in results if (r.artifact.format, r.artifact.precision) == (file_format, precision)]
             progress.stage(f"timing {file_format.value} {precision.value}, {options.threads} threads")
-            timed += [replace(r, latency=latency) for r, latency in zip(pair, _interleaved(pair, options), strict=True)]
+            pair.sort(key=lambda r: r.artifact.role is not Role.ORIGINAL)  # the first is the reference
+            latencies = time_files(
+                [r.artifact for r in pair], threads=options.threads, seconds=options.bench_seconds, seed=options.seed
+            )
+            timed += [replace(r, latency=latency) for r, latency in zip(pair, latencies, strict=True)]
     return timed
-
-
-def _interleaved(results: Sequence[ArtifactResult], options: ConvertOptions) -> list[Latency]:
-    """Latency of each of some files, in the same rounds; against the original's if there are several."""
-    sessions = {r.artifact.role.value: _open(r.artifact, options) for r in results}
-    reference = Role.ORIGINAL.value if len(sessions) > 1 else None
-    latencies = measure(
-        sessions, reference=reference, threads=options.threads, seconds=options.bench_seconds, seed=options.seed
-    )
-    return [latencies[r.artifact.role.value] for r in results]
-
-
-def _open(artifact: Artifact, options: ConvertOptions) -> Session:
-    return open_session(Path(artifact.path), threads=options.threads, is_channels_last=artifact.is_channels_last)
 
 
 def _first_images(inputs: Inputs) -> np.ndarray:

@@ -129,7 +129,7 @@ class Study:
         self.traced = trace_network(self.inputs.network, self.inputs.example())
         self.original = self.files("original", self.inputs.network, Role.ORIGINAL)
         weigh.measure_damages = measure_damages if net in TRAINED else layer_errors
-        store = StageStore(self.options.output_folder / "weighed", on_change=lambda: None)
+        store = StageStore(folder / f"{net}-weighed", on_change=lambda: None)  # damages serve all targets
         self.weighed = weigh.weigh(
             store, self.options, self.inputs, self.traced,
             lambda: target_latency([self.original], self.options).median_ms, Processes(), self.progress,

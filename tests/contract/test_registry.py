@@ -8,7 +8,9 @@ import torch
 import sepdeploy.schemes
 from sepdeploy.core.chain import ChainSum
 from sepdeploy.core.conv import ConvSpec
+from sepdeploy.core.options import TARGET_TITLES, TARGETS
 from sepdeploy.core.plan import Reason, SchemeOptions
+from sepdeploy.planning.target import TARGETS_BY_NAME
 from sepdeploy.schemes.scheme import SCHEMES, Scheme, find_scheme
 
 SPEC = ConvSpec(8, 8, (3, 3), padding=(1, 1, 1, 1))
@@ -57,3 +59,10 @@ def test_every_scheme_file_is_registered():
 def test_registry_is_read_only():
     with pytest.raises(TypeError):
         SCHEMES["mine"] = None
+
+
+def test_targets_have_the_same_names_everywhere():
+    assert set(TARGETS) == set(TARGET_TITLES) == set(TARGETS_BY_NAME)
+    for name, file_format in TARGETS.items():
+        kind = TARGETS_BY_NAME[name]()
+        assert (kind.name, kind.format) == (name, file_format)

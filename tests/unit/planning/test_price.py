@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sepdeploy.core.artifact import Format, Precision
+from sepdeploy.core.artifact import Artifact, Format, Precision
 from sepdeploy.core.chain import ChainSum
 from sepdeploy.core.conv import ConvSpec
-from sepdeploy.core.measurement import Method
+from sepdeploy.core.measurement import Latency, Method
 from sepdeploy.core.price_cache import PriceCache
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.selection import FusedBlock, Price
@@ -48,6 +48,9 @@ class CountingTarget:
 
     def lowerings(self, form: ChainSum) -> tuple[tuple[str, ...], ...]:
         return ((),)
+
+    def compare(self, files: Sequence[Artifact], *, seconds: float, seed: int) -> list[Latency]:
+        raise AssertionError
 
     def measure(
         self, dense: FusedBlock, others: Sequence[FusedBlock], *, seconds: float, seed: int, progress: Progress
