@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sepdeploy.analyze.trace import output_tensors
 from sepdeploy.core.quiet import error_summary
-from sepdeploy.errors import ContractError, UnsupportedModelError
+from sepdeploy.errors import UnsupportedModelError
 
 __all__ = ["Replay"]
 
@@ -42,7 +42,6 @@ class Replay:
 
     Attributes:
         outputs: The network's output tensors for the batch, in pytree order.
-        inputs: What the layer read, as it was called, one entry per call.
         shares_prefix: Whether what comes before the layer is reused. False where that does not give the network's own
             outputs, as with random numbers or hidden state: then every run is a complete one.
 
@@ -53,7 +52,6 @@ class Replay:
     @torch.no_grad()
     def __init__(self, model: nn.Module, name: str, batch: Tensor, *, shares_prefix: bool | None = None) -> None:
         self._model, self._layer, self._batch = model, model.get_submodule(name), batch
-        self.inputs: tuple[Tensor, ...] = ()
         self.outputs: list[Tensor] = []
         self._records: list[tuple[nn.Module, _Record]] = []
         self.shares_prefix = True
@@ -63,24 +61,10 @@ class Replay:
             self._records = []
 
     @torch.no_grad()
-    def run(self, replacement: nn.Module | Tensor) -> list[Tensor]:
-        """The network's output tensors with something else in the layer's place.
-
-        Args:
-            replacement: A module that takes what the layer takes, or what a layer that is called once would return.
-
-        Raises:
-            ContractError: if an output is given for a layer that is called several times.
-        """
-        if isinstance(replacement, nn.Module):
-            # The layer itself must not run into its own exchange.
-            computed = replacement.forward if replacement is self._layer else replacement
-            return self._run(computed)
-        if len(self.inputs) > 1:
-            raise ContractError(f"one output for a layer that is called {len(self.inputs)} times")
-        return self._run(lambda *_args, **_kwargs: replacement.clone())
-
-    def _run(self, layer: _Forward) -> list[Tensor]:
+    def run(self, replacement: nn.Module) -> list[Tensor]:
+        """The network's output tensors with another module in the layer's place, which takes what the layer takes."""
+        # The layer itself must not run into its own exchange.
+        layer = replacement.forward if replacement is self._layer else replacement
         queues: dict[nn.Module, deque[_Record]] = {}
         for module, record in self._records:
             queues.setdefault(module, deque()).append(record)
@@ -107,11 +91,10 @@ class Replay:
                     f"the network does not run on a batch of shape {tuple(self._batch.shape)}: {error_summary(error)}; "
                     "its forward pass must work for any number of images"
                 ) from error
-        if not recorder.inputs:
+        if not recorder.has_arrived:
             raise UnsupportedModelError(
                 f"the network never called {name}; its forward pass must not depend on the values of the image"
             )
-        self.inputs = tuple(recorder.inputs)
         self.outputs = [output.clone() for output in outputs]
         self._records = recorder.records
 
@@ -161,7 +144,7 @@ class _Recorder:
     """Collects the calls of modules that end before the layer begins; of calls within calls the outermost."""
 
     def __init__(self) -> None:
-        self.inputs: list[Tensor] = []
+        self.has_arrived = False
         self._open: list[list[tuple[nn.Module, _Record]]] = [[]]  # per running module what ended within it
 
     @property
@@ -175,7 +158,7 @@ class _Recorder:
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self.inputs.append((args[0] if args else kwargs["input"]).detach().clone())
+            self.has_arrived = True
             return own(*args, **kwargs)
 
         return forward
@@ -186,7 +169,7 @@ class _Recorder:
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.inputs:
+            if self.has_arrived:
                 return own(*args, **kwargs)
             leaves = tree_leaves((args, kwargs))
             versions = [_version(leaf) for leaf in leaves]
@@ -194,7 +177,7 @@ class _Recorder:
             record = None
             try:
                 output = own(*args, **kwargs)
-                if not self.inputs:
+                if not self.has_arrived:
                     record = _recorded(output, leaves, versions)
             finally:
                 # A module that failed, or began the layer, will run again: what ended within it is what counts.

@@ -89,6 +89,9 @@ class Search:
         method: How weights are found.
         memory: What an earlier run with the same inputs measured; it is extended.
         progress: Called with a line of text before each longer step.
+
+    Attributes:
+        gap: Most by which a plan could be better than the solver's, where it ran out of time; 0 if none can.
     """
 
     def __init__(
@@ -113,10 +116,12 @@ class Search:
         self.minimize, self.limits, self.memory, self.progress = minimize, limits, memory, progress
         self._transfers: dict[bool, TransferMemory] = {True: {}, False: {}}  # quick, in full
         self._steps: list[GuardStep] = []
+        self.gap = 0.0
 
     def within_drop(self, limit_points: float) -> Guarded:
         """The cheapest network whose measured drop is at most the limit; at the end of all tries the original."""
         front = pareto_front(self.layers, minimize=self.minimize, points=_FRONT_POINTS, limits=self.limits)
+        self.gap = max(solution.gap for solution in front)
         low, high = -1, len(front)
         while high - low > 1:
             middle = (low + high) // 2
@@ -138,7 +143,9 @@ class Search:
 
     def least_damage(self) -> Guarded:
         """The network with the least damage within the limits, whatever it loses."""
-        return self.finish(self._plan(solve(self.layers, minimize="damage", limits=self.limits)), None)
+        solution = solve(self.layers, minimize="damage", limits=self.limits)
+        self.gap = solution.gap
+        return self.finish(self._plan(solution), None)
 
     def front(self, points: int, images: int) -> Iterator[tuple[Solution, Quality]]:
         """Plans from the least damage to the least cost, transferred quickly, with their quality on some images."""
@@ -201,7 +208,9 @@ class Search:
         return self.finish(self._plan(self.nothing()), limit_points)
 
     def _solved(self, damage: float) -> Solution:
-        return solve(self.layers, minimize=self.minimize, limits=replace(self.limits, damage=damage))
+        solution = solve(self.layers, minimize=self.minimize, limits=replace(self.limits, damage=damage))
+        self.gap = max(self.gap, solution.gap)
+        return solution
 
     def _plan(self, solution: Solution) -> Plan:
         return plan_of(self.trace, self.layers, solution.chosen, self.unit, self.lowered_for)

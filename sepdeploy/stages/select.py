@@ -190,6 +190,11 @@ class _Run:
         """Predicted change of the whole's cost."""
         return sum(self._choice(name, candidate).difference for name, candidate in plan.replaced.items())
 
+    def _solver_notes(self) -> tuple[str, ...]:
+        if not self.search.gap:
+            return ()
+        return (f"the solver ran out of time: another plan may be better by up to {100 * self.search.gap:.2g}%",)
+
     def _record(self, plan: Plan, latency: Latency | None, given_up: tuple[str, ...]) -> SelectionSummary:
         return SelectionSummary(
             unit=self.weighed.unit,
@@ -200,7 +205,7 @@ class _Run:
             speedup_low=None if latency is None else latency.speedup_low,
             speedup_high=None if latency is None else latency.speedup_high,
             given_up=given_up,
-            notes=self.weighed.notes,
+            notes=(*self.weighed.notes, *self._solver_notes()),
         )
 
 

@@ -30,6 +30,8 @@ QUALITY = Quality(10, None, 1.0, None, 0.0, 0.0, "agreement")
 class Plans:
     """What `Search` offers to the check by the clock, without images."""
 
+    gap = 0.0
+
     def __init__(self, weighed: Selection, traced) -> None:
         self.weighed, self.traced, self.limits = weighed, traced, None
         self.finished = 0
@@ -103,6 +105,12 @@ def test_the_layers_of_the_least_sure_gain_are_given_up_first(weighed_and_traced
     assert {plan.kept[name].reason for name in summary.given_up} == {Reason.NOT_FASTER_WHOLE}
     assert plan.kept["0"].detail == "0.98 to 1.10x the original's speed with it"
     assert summary.predicted_cost == pytest.approx(4.0 - 0.9)
+
+
+def test_a_plan_that_is_not_proven_to_be_the_best_says_so(weighed_and_traced, monkeypatch):
+    monkeypatch.setattr(Plans, "gap", 0.02)
+    _, summary, _ = run(weighed_and_traced, lambda r: (1.4, 1.6, 1.8))
+    assert summary.notes == ("the solver ran out of time: another plan may be better by up to 2%",)
 
 
 def test_what_is_never_faster_ends_with_the_original(weighed_and_traced):
