@@ -240,8 +240,11 @@ def _plan(
         processes.told("all is fine")
         is_trained = inputs.train is not None or options.finetune_hook is not None
         limit = first_attempt(options, is_trained=is_trained).limit_points
-        chosen, _, _ = _planner(store, only_target, inputs, traced, evaluator, originals, progress, processes)(limit)
+        planned = _planner(store, only_target, inputs, traced, evaluator, originals, progress, processes)
+        chosen, _, record = planned(limit)
         weighed = with_plan(read_json(Selection, store.work / "selection.json"), chosen)
+        if record.selection is not None:
+            weighed = replace(weighed, notes=record.selection.notes)
         write_json(folder / "plan.json", weighed)
         front = measure_front(options, inputs, traced, weighed, evaluator, front_points, progress)
     return weighed, front
@@ -320,7 +323,7 @@ def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -
         "plan": None if options.plan is None else sha256_of_file(options.plan),
         "max_drop": options.max_drop_points,
         "recoverable": options.recoverable_points,
-        "lowering": options.lowering,
+        "lowering": None if options.lowering is None else list(options.lowering),  # as JSON gives it back
         "target": options.target,
         "precision": options.precision.value,
         "calibration": inputs.calibration.sha256,

@@ -57,7 +57,8 @@ __all__ = ["command"]
               help="How separable forms are written down in the files: one or more, in order, of "
               f"{', '.join(LOWERINGS)}; auto takes what suits each format and precision.")  # fmt: skip
 @click.option("--transfer", default="anchored", show_default=True, type=click.Choice(("anchored", "data-free")),
-              help="How weights are found; data-free leaves out all that follows but training.")  # fmt: skip
+              help="How weights are found; data-free is for a named --scheme and leaves out all that follows but "
+              "training.")  # fmt: skip
 @click.option("--reconstruct/--no-reconstruct", default=None, help="Train each block for a few hundred steps to "
               "imitate the original's, on the calibration images without labels (default: yes).")  # fmt: skip
 @train_options
@@ -108,8 +109,9 @@ def command(
       sepdeploy convert resnet20.pt --arch models.resnet_cifar:resnet20 --calibration train/ \\
           --validation test/ --preprocess calibration/cifar10.toml --train train/ --epochs 10
 
-    The exit code is 0 if the converted network is faster than the original on the target and holds --max-drop, 1 if
-    the bundle was written but a promise is broken. A run that was stopped goes on where it was when repeated.
+    The exit code is 0 if the converted network is faster than the original on the target and holds --max-drop and the
+    other limits, 1 if the bundle was written but a promise is broken. Where less memory, size, MACs or parameters are
+    asked for, being slower is no failure. A run that was stopped goes on where it was when repeated.
     """
     from sepdeploy.core.artifact import Format, Precision
     from sepdeploy.core.options import ConvertOptions, SelectionOptions

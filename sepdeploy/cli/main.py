@@ -61,8 +61,9 @@ def program(debug: bool) -> None:
       sepdeploy convert model.pt --arch net.py:build --calibration images/ --max-drop 1
 
     \b
-    Exit codes: 0 success; 1 finished, but a promise is broken (not faster, or more loss than --max-drop);
-    2 wrong usage; 3 unsupported network; 4 outside tool failed; 5 untrusted file; 70 a bug in sepdeploy.
+    Exit codes: 0 success; 1 finished, but a promise is broken (not faster, more loss than --max-drop, or another
+    limit that was asked for); 2 wrong usage; 3 unsupported network; 4 outside tool failed; 5 untrusted file;
+    70 a bug in sepdeploy.
     """
 
 

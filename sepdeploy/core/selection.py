@@ -130,6 +130,7 @@ class Selection:
         original_cost: Of the whole original network, median.
         layers: What was weighed, per layer in the order of the trace.
         notes: What the user should know of how it was priced.
+        takes_slower_forms: Whether forms were eligible that are not faster: something else than speed was asked for.
         taken_back: Layer -> why it went back to what it was after the whole was measured.
 
     Raises:
@@ -146,6 +147,7 @@ class Selection:
     original_cost: float
     layers: tuple[LayerChoices, ...]
     notes: tuple[str, ...] = ()
+    takes_slower_forms: bool = False
     taken_back: dict[str, str] = field(default_factory=dict)
     format_version: Literal[1] = 1
 

@@ -11,7 +11,10 @@ from sepdeploy.core.progress import Progress, Silent
 from sepdeploy.core.selection import FusedBlock, Price
 from sepdeploy.planning.target import Target
 
-__all__ = ["price_blocks"]
+__all__ = ["NOT_MEASURED", "price_blocks"]
+
+NOT_MEASURED = "not measured: "
+"""How the reason begins of a block that the time did not last for."""
 
 _TOGETHER = 16
 """Blocks that are measured in one go: after each, prices are kept and the time is looked at."""
@@ -62,7 +65,7 @@ def price_blocks(
     start = clock()
     for dense, blocks in _batches(missing):
         if budget_seconds is not None and clock() - start >= budget_seconds:
-            spent = f"not measured: the {budget_seconds:g} s for measuring were spent before its turn"
+            spent = f"{NOT_MEASURED}the {budget_seconds:g} s for measuring were spent before its turn"
             prices.update({(dense, block): spent for block in blocks})
             continue
         found = target.measure(dense, blocks, seconds=seconds_per_block, seed=seed, progress=counted)

@@ -141,11 +141,15 @@ class Search:
                 broken = between.damage
         return self._finished_within(held, limit_points)
 
-    def least_damage(self) -> Guarded:
-        """The network with the least damage within the limits, whatever it loses."""
+    def least_damage(self) -> Plan:
+        """The plan of the least damage within the limits, whatever it loses.
+
+        Raises:
+            UnreachableLimitError: if there is none.
+        """
         solution = solve(self.layers, minimize="damage", limits=self.limits)
         self.gap = solution.gap
-        return self.finish(self._plan(solution), None)
+        return self._plan(solution)
 
     def front(self, points: int, images: int) -> Iterator[tuple[Solution, Quality]]:
         """Plans from the least damage to the least cost, transferred quickly, with their quality on some images."""

@@ -97,13 +97,17 @@ def _why(selection: Selection, layer: LayerChoices, chosen: Choice) -> str:
     if chosen.candidate is None and layer.name in selection.taken_back:
         return f"{layer.name} stays as it is: {selection.taken_back[layer.name]}"
     unit = selection.unit
-    faster = [choice for choice in layer.choices if choice.difference < chosen.difference]
+    faster = [
+        choice
+        for choice in layer.choices
+        if choice.difference < chosen.difference and (choice.difference_high < 0 or selection.takes_slower_forms)
+    ]
     milder = [choice for choice in layer.choices if choice.damage < chosen.damage]
     if chosen.candidate is None:
         sentence = f"{layer.name} stays as it is"
         if len(layer.choices) == 1:
-            return f"{sentence}: none of its {plural(len(layer.refused), 'form')} could be measured on the target"
-        if not any(choice.difference_high < 0 for choice in layer.choices):
+            return f"{sentence}: no other form of it could be measured on the target"
+        if not selection.takes_slower_forms and not any(choice.difference_high < 0 for choice in layer.choices):
             forms = plural(len(layer.choices) - 1, "form")
             return f"{sentence}: none of {forms} measured is faster on the target by the whole of its interval"
     else:

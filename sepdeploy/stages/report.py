@@ -173,17 +173,19 @@ def _checks(
                 "file costs the rest: raise --max-drop, or use --precision float32"
             )
         checks.append(Check("accuracy", quality.drop_points <= limit, sentence))
-    # Where something else than speed was asked for, a slower file is worth a note (`_file_notes`), but not a failure.
-    is_about_speed = not (options.selects and options.selection.takes_slower_forms)
-    if plan.scheme != "dense" and (is_about_speed or not plan.replaced):
+    limits = tuple(_limit_checks(options, converted, network, memory)) if options.selects else ()
+    if plan.replaced:
+        # Where something else than speed was asked for, a slower file is worth a note (`_file_notes`), but no failure.
+        promises_speed = not (options.selects and options.selection.takes_slower_forms)
+    else:
+        promises_speed = not limits or not all(check.is_met for check in limits)  # the original holds the limits itself
+    if plan.scheme != "dense" and promises_speed:
         checks.append(_speed_check(options, plan, converted))
-    if options.selects:
-        checks += _limit_checks(options, converted, sum(p.numel() for p in network.parameters()), memory)
-    return tuple(checks)
+    return (*checks, *limits)
 
 
 def _limit_checks(
-    options: ConvertOptions, converted: ArtifactResult, params: int, memory: MemoryProfile
+    options: ConvertOptions, converted: ArtifactResult, network: nn.Module, memory: MemoryProfile
 ) -> Iterator[Check]:
     """Whether what was asked of the selection holds for what is handed over."""
     wanted, latency = options.selection, converted.latency
@@ -191,13 +193,12 @@ def _limit_checks(
     if wanted.max_latency is not None and latency is not None:
         sentence = f"{latency.median_ms:.3g} ms for one inference on {where} (median), the limit is"
         yield Check("latency", latency.median_ms <= wanted.max_latency, f"{sentence} {wanted.max_latency:g} ms")
-    if wanted.max_latency_ratio is not None and latency is not None:
-        # The original's own files have no speed-up.
-        ratio = 1.0 if latency.speedup is None else 1 / latency.speedup
+    if wanted.max_latency_ratio is not None and latency is not None and latency.speedup is not None:
+        ratio = 1 / latency.speedup
         sentence = f"{100 * ratio:.3g}% of the original's latency on {where}, the limit is"
         yield Check("latency", ratio <= wanted.max_latency_ratio, f"{sentence} {100 * wanted.max_latency_ratio:.3g}%")
     if wanted.max_size_bytes is not None:
-        size = params * BYTES_PER_VALUE[options.precision]
+        size = sum(p.numel() for p in network.parameters()) * BYTES_PER_VALUE[options.precision]
         sentence = (
             f"{size:,} bytes of weights in {options.precision.value} (the file has {converted.artifact.size_bytes:,}), "
             f"the limit is {wanted.max_size_bytes:,}"

@@ -78,7 +78,7 @@ def run_selection(
         **damage_key(options, inputs),
         "weighed": sha256_of_bytes(to_json(weighed).encode()),
         "selection": repr(options.selection),
-        "lowering": options.lowering,
+        "lowering": None if options.lowering is None else list(options.lowering),  # as JSON gives it back
         "validation": inputs.validation.sha256,
         "transfer": options.transfer,
         "threads": [torch.get_num_threads(), options.threads],
@@ -119,7 +119,7 @@ class _Run:
         """The network to hand over, and how its cost was predicted and measured."""
         guarded = self._chosen()
         wanted = self.options.selection
-        if wanted.goal != "latency" or wanted.max_size_bytes is not None or wanted.max_memory_bytes is not None:
+        if wanted.takes_slower_forms:
             return guarded, self._record(guarded.plan, None, ())  # what is given up would break what was asked for
         plan, network = guarded.plan, guarded.network
         given_up: tuple[str, ...] = ()
@@ -149,27 +149,31 @@ class _Run:
             return self.search.within_drop(self.limit_points)
         limits = _limits_of(self.options, self.weighed, self.traced)
         wanted = limits.latency
-        guarded = None
+        plan = None
         for _ in range(_LATENCY_TRIES):
             self.search.limits = limits
             try:
-                guarded = self.search.least_damage()
+                plan = self.search.least_damage()
             except UnreachableLimitError as error:
-                if guarded is None:
+                if plan is None or error.measure != "latency":
                     raise _unreachable(error, self.weighed, self.traced, self.options.precision) from error
-                break  # nothing faster is left; the report says by how much the limit is missed
-            if wanted is None or not guarded.plan.replaced:
+                # Not even the fastest plan is predicted to make up for what the whole takes longer: it comes nearest,
+                # and the report says by how much it misses.
+                self.search.limits = replace(limits, latency=error.least)
+                plan = self.search.least_damage()
                 break
-            latency = self.timed(guarded.plan, guarded.network)
+            if wanted is None or not plan.replaced:
+                break
+            latency = self.timed(plan, self.search.sketch(plan))
             # By the speed-up: the machine may be faster or slower now than when the table was made. By its lower end:
             # what is handed over is measured once more, and has to hold the limit then.
             reached = self.weighed.original_cost / (latency.speedup_low or 1.0) - self.weighed.original_cost
             if reached <= wanted:
                 break
-            limits = replace(limits, latency=wanted - (reached - self._difference(guarded.plan)))
-        if guarded is None:
+            limits = replace(limits, latency=wanted - (reached - self._difference(plan)))
+        if plan is None:
             raise ContractError("no plan was tried")
-        return guarded
+        return self.search.finish(plan, None)
 
     def _weakest(self, plan: Plan) -> tuple[str, ...]:
         """The replaced layers of the least sure gain."""

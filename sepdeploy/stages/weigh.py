@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sepdeploy.analyze.activation import find_activations
 from sepdeploy.analyze.liveness import measure_memory
@@ -16,14 +17,14 @@ from sepdeploy.core.price_cache import PriceCache
 from sepdeploy.core.progress import Progress, Silent
 from sepdeploy.core.selection import Activation, Choice, FusedBlock, LayerChoices, Price, Selection
 from sepdeploy.core.stage_store import StageStore
-from sepdeploy.errors import ContractError
+from sepdeploy.errors import ContractError, UsageError
 from sepdeploy.planning.candidates import drop_failing
 from sepdeploy.planning.choices import LayerForms, TargetLowerings, propose_choices
 from sepdeploy.planning.damage import measure_damages
 from sepdeploy.planning.evaluate import batch_size_for, tensor_batches
 from sepdeploy.planning.fused_block import blocks_of_site, dense_form
 from sepdeploy.planning.memory import memory_with_candidates
-from sepdeploy.planning.price import price_blocks
+from sepdeploy.planning.price import NOT_MEASURED, price_blocks
 from sepdeploy.planning.target import Target, find_target
 from sepdeploy.stages.launch import Processes
 from sepdeploy.stages.load import Inputs
@@ -70,8 +71,7 @@ def weigh(
         "lowering": options.lowering,
         "memory": options.selection.max_memory_bytes is not None,
         "seconds": [options.selection.seconds_per_block, options.selection.pricing_seconds],
-        # With a time limit prices may be missing: as more become known, all is weighed anew.
-        "known": None if options.selection.pricing_seconds is None else _known_prices(),
+        "takes_slower_forms": options.selection.takes_slower_forms,
     }
 
     def make() -> None:
@@ -98,9 +98,12 @@ def weigh(
             original_cost=original_cost(),
             layers=layers,
             notes=prices.notes,
+            takes_slower_forms=options.selection.takes_slower_forms,
         )
         write_json(path, selection)
 
+    if _lacks_prices(path):
+        path.unlink()
     if not store.run("weigh", key, (path,), make):
         processes.told(())  # nothing to measure
     return read_json(Selection, path)
@@ -111,12 +114,13 @@ def _the_users(lowering: tuple[str, ...]) -> TargetLowerings:
     return lambda _form: (lowering,)
 
 
-def _known_prices() -> int:
-    """How many prices are in the cache."""
-    cache = PriceCache()
-    count = sum(row.prices for row in cache.summary())
-    cache.close()
-    return count
+def _lacks_prices(path: Path) -> bool:
+    """Whether a table was made in less time than its prices take: the next run is to go on with them."""
+    try:
+        weighed = read_json(Selection, path)
+    except UsageError:  # not there or damaged: made anew in any case
+        return False
+    return any(why.startswith(NOT_MEASURED) for layer in weighed.layers for why in layer.refused.values())
 
 
 def damage_key(options: ConvertOptions, inputs: Inputs) -> dict[str, object]:

@@ -38,7 +38,7 @@ def plan(place, output, *launcher, arch="nets.py:net"):
     """The finished process; no prices are measured, for they are nothing to the damages."""
     command = [
         sys.executable, *launcher, "-m", "sepdeploy", "plan", "net.pt", "--arch", arch, "--calibration", "images.npz",
-        "--max-drop", "5", "--pricing-time", "0.001", "--output", output, "--json",
+        "--max-drop", "5", "--pricing-time", "1e-9", "--output", output, "--json",
     ]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240, check=False)

@@ -115,9 +115,9 @@ def test_nothing_is_replaced_where_nothing_holds(make):
 
 
 def test_the_least_damage_within_a_limit_of_latency(make):
-    guarded = make(limits=Limits(latency=-7.0)).least_damage()
-    assert saved(guarded.plan) >= 7
-    assert sorted(len(c.form.terms) for c in guarded.plan.replaced.values()) == [2, 2, 2, 3]
+    plan = make(limits=Limits(latency=-7.0)).least_damage()
+    assert saved(plan) >= 7
+    assert sorted(len(c.form.terms) for c in plan.replaced.values()) == [2, 2, 2, 3]
 
 
 def test_macs_may_be_what_is_made_small(make):

@@ -4,11 +4,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
+from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.memory import MemoryProfile, MemoryStep
 from sepdeploy.core.options import ConvertOptions, SelectionOptions
+from sepdeploy.core.plan import Plan, SchemeOptions
+from sepdeploy.stages import report
 from sepdeploy.stages.report import _limit_checks
 
+NETWORK = nn.Linear(199, 1)  # 200 parameters
 MEMORY = MemoryProfile((MemoryStep("", "input", 12), MemoryStep("cat", "concat", 25)))
 
 
@@ -17,7 +22,7 @@ def checks(speedup=2.0, **selection):
     converted = SimpleNamespace(
         latency=SimpleNamespace(median_ms=3.0, speedup=speedup), artifact=SimpleNamespace(size_bytes=900)
     )
-    return {check.name: check for check in _limit_checks(options, converted, 200, MEMORY)}
+    return {check.name: check for check in _limit_checks(options, converted, NETWORK, MEMORY)}
 
 
 @pytest.mark.parametrize(
@@ -36,9 +41,14 @@ def test_each_limit_is_checked(name, option, holds, is_broken, sentence):
     assert sentence in broken.sentence
 
 
-def test_the_original_takes_all_of_its_own_latency():
-    assert not checks(speedup=None, max_latency_ratio=0.9)["latency"].is_met
-    assert checks(speedup=None, max_latency_ratio=1.0)["latency"].is_met
+@pytest.mark.parametrize(("limit", "names"), [(800, ["size"]), (799, ["speed", "size"])])
+def test_an_original_that_holds_the_limits_is_no_failure(limit, names):
+    options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(max_size_bytes=limit))
+    artifact = SimpleNamespace(role=Role.CONVERTED, format=Format.ONNX, precision=Precision.FLOAT32, size_bytes=900)
+    result = SimpleNamespace(artifact=artifact, latency=None, quality=None)
+    checks = report._checks(options, Plan("auto", SchemeOptions(), ()), [result], None, NETWORK, MEMORY)
+    assert [check.name for check in checks] == names
+    assert all(check.is_met for check in checks) == (limit == 800)
 
 
 def test_without_a_limit_there_is_nothing_to_check():

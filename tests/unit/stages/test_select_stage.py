@@ -43,14 +43,14 @@ class Plans:
         self.finished += 1
         return Guarded(plan, nn.Identity(), (), (), QUALITY)
 
-    def _of(self, chosen):
-        return self.finish(plan_of(self.traced, self.weighed.layers, chosen, "ms", "ort float32"), None)
+    def _plan(self, chosen):
+        return plan_of(self.traced, self.weighed.layers, chosen, "ms", "ort float32")
 
     def within_drop(self, limit_points):
-        return self._of({layer.name: layer.choices[1] for layer in self.weighed.layers})
+        return self.finish(self._plan({layer.name: layer.choices[1] for layer in self.weighed.layers}), None)
 
     def least_damage(self):
-        return self._of(solve(self.weighed.layers, minimize="damage", limits=self.limits).chosen)
+        return self._plan(solve(self.weighed.layers, minimize="damage", limits=self.limits).chosen)
 
 
 @pytest.fixture
@@ -83,8 +83,7 @@ def run(weighed_and_traced, speedup_of, limit=1.0, **selection):
 
     plans = Plans(weighed, traced)
     guarded, summary = select._Run(options, weighed, plans, traced, limit, latency, Silent()).result()
-    if limit is not None:
-        assert plans.finished == 1 + bool(summary.given_up)  # a full transfer costs minutes
+    assert plans.finished == 1 + bool(summary.given_up)  # a full transfer costs minutes
     return guarded.plan, summary, timed
 
 
@@ -132,7 +131,8 @@ def test_a_limit_of_latency_is_solved_anew_where_the_whole_is_slower_than_its_pa
     # The whole takes 0.2 ms more than the parts say.
     def speedup_of(replaced):
         saved = sum(0.1 * (NAMES.index(name) + 1) for name in replaced)
-        return (1.1, 4.0 / (4.0 - saved + 0.2), 9.0)
+        speedup = 4.0 / (4.0 - saved + 0.2)
+        return (0.99 * speedup, speedup, 1.01 * speedup)
 
     plan, summary, timed = run(weighed_and_traced, speedup_of, limit=None, max_latency=3.25)
     assert len(timed) >= 2
@@ -145,8 +145,8 @@ def test_a_limit_of_latency_is_solved_anew_where_the_whole_is_slower_than_its_pa
 def test_a_limit_that_the_whole_misses_is_not_called_unreachable(weighed_and_traced):
     # The whole takes as long as the original, whatever is replaced: the fastest plan is handed over, and measured.
     plan, _, timed = run(weighed_and_traced, lambda r: (1.01, 1.02, 1.03), limit=None, max_latency=3.0)
-    assert len(timed) >= 2
-    assert len(plan.replaced) >= len(timed[0])
+    assert len(timed[0]) < 5
+    assert tuple(plan.replaced) == timed[-1] == NAMES
 
 
 def test_forms_that_may_not_be_faster_are_not_taken(weighed_and_traced):
