@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import sepdeploy
+from sepdeploy.bench import files
 from sepdeploy.bench.timing import measure
 from sepdeploy.cli.main import run
 from sepdeploy.core.codec import read_json
 from sepdeploy.core.report import Report
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.data.images import open_images
-from sepdeploy.stages import deploy
 
 ROOT = Path(__file__).parents[2]
 ARTIFACTS = ("model.onnx", "model.int8.onnx", "model.tflite", "model.int8.tflite")
@@ -205,7 +205,7 @@ def test_report_json_is_readable_and_the_page_stands_alone(bundle):
 @pytest.fixture
 def brief_timing(monkeypatch):
     """Where latencies are not the point, 2 s per file are too many."""
-    monkeypatch.setattr(deploy, "measure", lambda *args, **options: measure(*args, **{**options, "seconds": 0.02}))
+    monkeypatch.setattr(files, "measure", lambda *args, **options: measure(*args, **{**options, "seconds": 0.02}))
 
 
 def test_same_seed_gives_the_same_bundle_and_json_alone_on_stdout(bundle, tmp_path, capfd, brief_timing):
