@@ -323,7 +323,7 @@ def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -
         "plan": None if options.plan is None else sha256_of_file(options.plan),
         "max_drop": options.max_drop_points,
         "recoverable": options.recoverable_points,
-        "lowering": None if options.lowering is None else list(options.lowering),  # as JSON gives it back
+        "lowering": options.lowering,
         "target": options.target,
         "precision": options.precision.value,
         "calibration": inputs.calibration.sha256,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sepdeploy.cli.parameters import print_report, shown_progress
+from sepdeploy.cli.parameters import is_first_process, print_report, shown_progress
 from sepdeploy.cli.train_options import train_options
 
 __all__ = ["command"]
@@ -56,7 +55,7 @@ def command(
     from sepdeploy.core.options import MovedInputs
     from sepdeploy.core.training import TrainOptions
 
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_first_process()
     options = TrainOptions(**training, seed=seed)
     with shown_progress(is_quiet=as_json or not is_first) as progress:
         from sepdeploy.pipeline import finetune  # torch: only when there is something to do

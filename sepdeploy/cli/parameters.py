@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from sepdeploy.core.progress import Progress
     from sepdeploy.core.report import Report
 
-__all__ = ["Bytes", "CommaList", "Shape", "print_report", "print_tables", "shown_progress"]
+__all__ = [
+    "Bytes",
+    "CommaList",
+    "Shape",
+    "is_first_process",
+    "print_report",
+    "print_tables",
+    "shown_progress",
+]
 
 
 class Shape(click.ParamType):  # type: ignore[type-arg]
@@ -98,6 +107,11 @@ def shown_progress(*, is_quiet: bool) -> Iterator[Progress]:
                 bar.update(task, completed=done, total=total)
 
         yield Shown()
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first that a launcher started: the one that speaks and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def print_tables(*renderables: RenderableType) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sepdeploy.cli.parameters import Shape, print_tables, shown_progress
+from sepdeploy.cli.parameters import Shape, is_first_process, print_tables, shown_progress
 from sepdeploy.cli.selection_options import selection_options
 from sepdeploy.core.options import TARGETS
 
@@ -112,7 +111,7 @@ def command(
         **options,
     )
     folder = output or Path(f"{model.stem}.plan")
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_first_process()
     with shown_progress(is_quiet=as_json or not is_first) as progress:
         from sepdeploy.pipeline import plan  # torch: only when there is something to do
         from sepdeploy.stages.launch import LeaderFailedError

@@ -18,6 +18,7 @@ __all__ = [
     "RECOVERED_BY_RECONSTRUCTION",
     "RECOVERED_BY_TRAINING",
     "TARGETS",
+    "TARGET_TITLES",
     "ConvertOptions",
     "Goal",
     "MovedInputs",
@@ -215,11 +216,6 @@ class ConvertOptions:
     def is_target_file(self, file_format: Format, precision: Precision) -> bool:
         """Whether the promises are about the files of this kind."""
         return (file_format, precision) == (TARGETS[self.target], self.precision)
-
-    @property
-    def lowered_for(self) -> str:
-        """What a plan's lowerings must have been chosen for to be the target file's, as in `Plan`."""
-        return f"{self.target} {self.precision.value}"
 
     @property
     def output_folder(self) -> Path:

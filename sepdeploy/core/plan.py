@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal, get_args
 
+from sepdeploy.core.artifact import Precision
 from sepdeploy.core.chain import ChainSum, Size
 from sepdeploy.errors import UsageError
 
@@ -180,6 +181,15 @@ class Decision:
     outcome: Replaced | Kept
 
 
+def lowered_for(target: str, precision: Precision) -> str:
+    """What lowerings were chosen for, as `Plan.lowered_for` has it.
+
+    >>> lowered_for("ort", Precision.INT8)
+    'ort int8'
+    """
+    return f"{target} {precision.value}"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One decision for each convolution of the network, in the order of the trace.
@@ -188,7 +198,7 @@ class Plan:
         scheme: The scheme that was asked for.
         options: Its hyper-parameters.
         decisions: One per convolution; names are unique.
-        lowered_for: Target and precision that the candidates' lowerings were chosen for: 'ort float32'; empty if none
+        lowered_for: Target and precision that the candidates' lowerings were chosen for (`lowered_for`); empty if none
             were.
 
     Raises:

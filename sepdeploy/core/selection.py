@@ -179,11 +179,6 @@ class Selection:
         raise UsageError(f"the plan has no layer {name}; its layers are: {names}")
 
     @property
-    def lowered_for(self) -> str:
-        """What the lowerings of its choices were chosen for, as in `Plan`."""
-        return f"{self.target} {self.precision.value}"
-
-    @property
     def choices(self) -> dict[str, Choice]:
         """Layer -> its chosen choice."""
         return {

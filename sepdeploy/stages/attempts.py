@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sepdeploy.core.codec import read_json, write_json
+from sepdeploy.core.codec import read_json, to_data, write_json
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.errors import UsageError
 
@@ -99,7 +99,7 @@ class AttemptFile:
 
     def __init__(self, path: Path, inputs: dict[str, object]) -> None:
         self._path = path
-        self._inputs = inputs
+        self._inputs = to_data(inputs)  # as it comes back: lists for tuples
 
     def read(self) -> Attempt | None:
         """The attempt of an earlier run with the same inputs; None if there is none."""

@@ -23,7 +23,7 @@ from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import replacing, sha256_of_file
 from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.options import ConvertOptions
-from sepdeploy.core.plan import Plan
+from sepdeploy.core.plan import Plan, lowered_for
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import ArtifactResult
 from sepdeploy.core.stage_store import StageStore
@@ -168,7 +168,11 @@ def _chosen_lowerings(
 
     A plan that was made for another target, precision or by hand has nothing to say of this one's files.
     """
-    if plan is None or options.lowering is not None or plan.lowered_for != options.lowered_for:
+    if (
+        plan is None
+        or options.lowering is not None
+        or plan.lowered_for != lowered_for(options.target, options.precision)
+    ):
         return {}
     if not options.is_target_file(file_format, precision):
         return {}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sepdeploy.analyze.trace import trace_network
-from sepdeploy.core.codec import read_json, to_json, write_json
+from sepdeploy.core.codec import read_json, to_data, to_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_bytes
 from sepdeploy.core.measurement import Quality
@@ -69,13 +69,13 @@ class MemoryFile(MutableMapping[str, "float | GuardStep"]):
 
     def __init__(self, path: Path, inputs: dict[str, object]) -> None:
         self._path = path
-        self._inputs = inputs
+        self._inputs = to_data(inputs)  # as it comes back: lists for tuples
         self._values: dict[str, float | GuardStep] = {}
         try:
             known = read_json(_Measured, path)
         except UsageError:
             return  # not there, or cut off: measured again
-        if known.inputs == inputs:
+        if known.inputs == self._inputs:
             self._values = {**known.damages, **known.steps}
 
     def __setitem__(self, key: str, value: float | GuardStep) -> None:

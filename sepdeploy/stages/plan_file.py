@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sepdeploy.core.codec import read_json
 from sepdeploy.core.conv import Trace
-from sepdeploy.core.plan import Plan
+from sepdeploy.core.plan import Plan, lowered_for
 from sepdeploy.core.selection import Selection
 from sepdeploy.errors import UsageError
 from sepdeploy.planning.select import plan_of
@@ -47,7 +47,8 @@ def read_given_plan(path: Path, traced: Trace, model_sha256: str) -> Plan:
     if isinstance(given, Selection):
         if given.model_sha256 != model_sha256:
             raise UsageError(f"{path} was made for another checkpoint; make it anew with 'sepdeploy plan'")
-        plan = plan_of(traced, given.layers, given.choices, given.unit, given.lowered_for)
+        suits = lowered_for(given.target, given.precision)
+        plan = plan_of(traced, given.layers, given.choices, given.unit, suits)
     else:
         plan = given
     for name, candidate in plan.replaced.items():

@@ -18,7 +18,7 @@ from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.memory import BYTES_PER_VALUE
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.pareto import FrontPoint
-from sepdeploy.core.plan import Candidate, Kept, Plan, Reason
+from sepdeploy.core.plan import Candidate, Kept, Plan, Reason, lowered_for
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import SelectionSummary
 from sepdeploy.core.selection import Choice, LayerChoices, Selection
@@ -78,7 +78,7 @@ def run_selection(
         **damage_key(options, inputs),
         "weighed": sha256_of_bytes(to_json(weighed).encode()),
         "selection": repr(options.selection),
-        "lowering": None if options.lowering is None else list(options.lowering),  # as JSON gives it back
+        "lowering": options.lowering,
         "validation": inputs.validation.sha256,
         "transfer": options.transfer,
         "threads": [torch.get_num_threads(), options.threads],
@@ -346,7 +346,7 @@ def _search(
         traced,
         weighed.layers if options.selection.takes_slower_forms else tuple(map(_sure, weighed.layers)),
         weighed.unit,
-        weighed.lowered_for,
+        lowered_for(weighed.target, weighed.precision),
         tensor_batches(inputs.calibration, batch_size_for(traced)),
         evaluator,
         minimize=options.selection.goal,

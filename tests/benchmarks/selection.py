@@ -30,10 +30,10 @@ import torch
 from transfer_quality import unpack
 
 from sepdeploy.analyze.trace import trace_network
-from sepdeploy.bench.session import open_session
-from sepdeploy.bench.timing import measure
+from sepdeploy.bench.files import time_files
 from sepdeploy.core.artifact import Precision, Role
 from sepdeploy.core.options import TARGETS, ConvertOptions, SelectionOptions
+from sepdeploy.core.plan import lowered_for
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.loading.arch import build_architecture
@@ -105,7 +105,7 @@ class Study:
     """One network on one target."""
 
     def __init__(self, arguments, net, target, precision, threads, folder):
-        self.arguments, self.name, self.folder = arguments, (net, target, precision, threads), folder
+        self.arguments, self.name = arguments, (net, target, precision, threads)
         torch.manual_seed(0)
         if net in TRAINED:
             model, arch = arguments.source / "weights" / TRAINED[net], f"models.resnet_cifar:{net}"
@@ -168,12 +168,13 @@ class Study:
 
     def measured(self, known):
         """A row for each plan that is not known yet, as it is finished."""
-        todo = [(name, chosen) for name, chosen in self.plans().items() if (*self.name, name) not in known]
+        todo = [(name, chosen) for name, chosen in self.plans().items() if name not in known]
         for start in range(0, len(todo), _TOGETHER):
+            suits = lowered_for(self.weighed.target, self.weighed.precision)
             part = todo[start : start + _TOGETHER]
             results = [self.original]
             for name, chosen in part:
-                plan = plan_of(self.traced, self.weighed.layers, chosen, self.weighed.unit, self.weighed.lowered_for)
+                plan = plan_of(self.traced, self.weighed.layers, chosen, self.weighed.unit, suits)
                 network, _ = convert_network(
                     self.inputs.network,
                     self.traced,
@@ -182,18 +183,14 @@ class Study:
                     method="data-free",
                 )
                 results.append(self.files(name.replace(" ", "_"), network, Role.CONVERTED, plan))
-            sessions = {
-                name: open_session(
-                    Path(result.artifact.path), threads=self.options.threads,
-                    is_channels_last=result.artifact.is_channels_last,
-                )
-                for name, result in zip(("original", *(name for name, _ in part)), results, strict=True)
-            }  # fmt: skip
-            latencies = measure(
-                sessions, reference="original", threads=self.options.threads, seconds=self.arguments.seconds
+            original, *latencies = time_files(
+                [result.artifact for result in results],
+                threads=self.options.threads,
+                seconds=self.arguments.seconds,
+                seed=0,
             )
-            for name, chosen in part:
-                yield self.row(name, chosen, latencies["original"].median_ms, latencies[name])
+            for (name, chosen), latency in zip(part, latencies, strict=True):
+                yield self.row(name, chosen, original.median_ms, latency)
 
     def row(self, name, chosen, original_ms, latency):
         weighed = self.weighed
@@ -228,9 +225,8 @@ def summary(rows):
     by_name = {row.plan: row for row in rows}
     for name in UNIFORM:
         if f"uniform {name}" in by_name:
-            rows_of = [
-                by_name.get(f"{kind} {name}") for kind in ("ours at", "uniform", "macs at")
-            ]  # none: the original
+            rows_of = [by_name.get(f"{kind} {name}") for kind in ("ours at", "uniform", "macs at")]
+            # No row: the plan is the original.
             ours, uniform, macs = (1.0 if row is None else 1 / row.measured_ratio for row in rows_of)
             yield f"at the damage of {name}: ours {ours:.2f}x, uniform {uniform:.2f}x, fewest MACs {macs:.2f}x"
 
@@ -264,7 +260,7 @@ def run(arguments, name, work):
         rows = [Row(**json.loads(line)) for line in arguments.results.read_text().splitlines()]
     own = {row.plan: row for row in rows if (row.net, row.target, row.precision, row.threads) == name}
     study = Study(arguments, *name, work)
-    for row in study.measured({(*name, plan) for plan in own}):
+    for row in study.measured(set(own)):
         own[row.plan] = row
         with arguments.results.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")

@@ -1,75 +1,97 @@
-"""`sepdeploy plan` in two real processes, as `accelerate launch` starts them: the same damages as in one."""
+"""Damages measured by two real processes, as `accelerate launch` starts them. This file is also what they run."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-NETWORK = """
-from torch import nn
+from sepdeploy.analyze.trace import trace_network
+from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.planning.choices import propose_choices
+from sepdeploy.planning.damage import measure_damages
+from sepdeploy.stages.launch import joined_processes
 
-def net():
+GRID = {
+    "depthwise_separable": [SchemeOptions(terms=1), SchemeOptions(terms=2)],
+    "optimized_separable": [SchemeOptions()],
+}
+
+
+def table(rank=0, processes=1, gather=None):
+    """The damages of a small network, as a list that JSON keeps exactly; and how many forms this process measured."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     layers = []
-    for inputs, outputs in ((3, 8), (8, 8), (8, 12)):
+    for inputs, outputs in ((3, 8), (8, 8), (8, 8), (8, 12)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
-"""
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)).eval()
+    images = torch.randn(32, 3, 6, 6)
+    trace = trace_network(net, images[:1])
+
+    def fit():
+        return iter(images[:16].split(8))
+
+    done = []
+    forms = propose_choices(trace, net, lambda _form: ((),), fit, grid=GRID)
+    damages = measure_damages(
+        net,
+        trace,
+        forms,
+        fit,
+        lambda: iter(images[16:].split(8)),
+        rank=rank,
+        processes=processes,
+        gather=gather,
+        progress=lambda *counts: done.append(counts),
+    )
+    return [[*key, value] for key, value in damages.items()], done[-1]
+
+
+def main(folder):
+    with joined_processes() as processes:
+
+        def gather(own):
+            parts = [None] * processes.count
+            torch.distributed.all_gather_object(parts, own, group=processes.group)
+            return parts
+
+        result = table(processes.rank, processes.count, gather)
+        (folder / f"{processes.rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
-def place(tmp_path):
-    (tmp_path / "nets.py").write_text(NETWORK)
-    names: dict = {}
-    exec(NETWORK, names)
-    torch.manual_seed(0)
-    network: nn.Module = names["net"]()
-    torch.save(network.state_dict(), tmp_path / "net.pt")
-    np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 256, (48, 6, 6, 3), np.uint8))
-    return tmp_path
-
-
-def plan(place, output, *launcher, arch="nets.py:net"):
-    """The finished process; no prices are measured, for they are nothing to the damages."""
-    command = [
-        sys.executable, *launcher, "-m", "sepdeploy", "plan", "net.pt", "--arch", arch, "--calibration", "images.npz",
-        "--max-drop", "5", "--pricing-time", "1e-9", "--output", output, "--json",
-    ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240, check=False)
-
-
-def launcher():
+def launched(tmp_path):
+    """What each of two processes returned."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # With --cpu, accelerate starts several processes through MPI only; with the variable, the usual way does.
-    return [
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1",
-        "--main_process_port", str(port),
-    ]  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), __file__, str(tmp_path)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_two_processes_measure_the_same_damages_and_the_first_alone_speaks(place):
-    alone, together = plan(place, "alone"), plan(place, "together", *launcher())
-    assert alone.returncode == together.returncode == 0, alone.stderr + together.stderr
-    data = json.loads(together.stdout)  # one plan, nothing else
-    assert data == json.loads((place / "together" / "plan.json").read_text())
-    damages = [(place / output / "search" / "work" / "damages.json").read_text() for output in ("alone", "together")]
-    assert damages[0] == damages[1]  # to the last bit
-    layers = json.loads(damages[0])["damages"]
-    assert set(layers) == {"2", "4"}
-    assert all(len(forms) > 2 for forms in layers.values())
+def test_two_processes_measure_the_same_table(launched):
+    expected, (done, total) = table()
+    assert done == total == len(expected) > 5
+    (first, (first_done, first_total)), (second, (second_done, second_total)) = launched
+    assert first == second == expected  # to the last bit
+    assert first_done == first_total
+    assert second_done == second_total
+    assert first_total + second_total == total
+    assert min(first_total, second_total) > 0
 
 
-def test_what_is_wrong_is_said_once(place):
-    done = plan(place, "out", *launcher(), arch="nets.py:nothing")
-    assert done.returncode != 0
-    assert "nets.py has no nothing" in json.loads(done.stdout)["error"]["message"]  # one document
-    assert done.stderr.count("sepdeploy: ") == 1
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

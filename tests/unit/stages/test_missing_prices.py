@@ -1,0 +1,22 @@
+"""A table that was made in less time than its prices take is made anew."""
+
+import pytest
+
+from sepdeploy.core.artifact import Precision
+from sepdeploy.core.codec import write_json
+from sepdeploy.core.measurement import Method
+from sepdeploy.core.selection import Choice, LayerChoices, Selection
+from sepdeploy.planning.price import NOT_MEASURED
+from sepdeploy.stages.weigh import _lacks_prices
+
+
+@pytest.mark.parametrize(("why", "is_lacking"), [(f"{NOT_MEASURED}no time", True), ("it cannot be built", False)])
+def test_only_what_the_time_did_not_last_for_is_made_up_for(tmp_path, why, is_lacking):
+    layer = LayerChoices("0", (Choice("dense", None, (), 0.0, 0.0, 0.0, 0.0, 9, 9),), {"low_rank r=2": why})
+    weighed = Selection({"0": "dense"}, "abc", "ort", Precision.FLOAT32, 1, "ms", Method.WALL_CLOCK, 1.0, (layer,))
+    write_json(tmp_path / "selection.json", weighed)
+    assert _lacks_prices(tmp_path / "selection.json") is is_lacking
+
+
+def test_no_table_lacks_nothing(tmp_path):
+    assert not _lacks_prices(tmp_path / "selection.json")
