@@ -6,6 +6,8 @@ parameters are those of the network itself, under the same names; operators in p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -13,7 +15,16 @@ from torch.fx import GraphModule, Node
 from sepdeploy.core.quiet import first_line, quiet
 from sepdeploy.errors import UnsupportedModelError
 
-__all__ = ["MOVING", "WEIGHTED", "activation_nodes", "attribute", "capture_graph", "operator", "sole_reader"]
+__all__ = [
+    "MOVING",
+    "WEIGHTED",
+    "activation_nodes",
+    "attribute",
+    "capture_graph",
+    "fixed_batch_size",
+    "operator",
+    "sole_reader",
+]
 
 MOVING = frozenset(
     {
@@ -42,23 +53,35 @@ def capture_graph(network: nn.Module, example: Tensor) -> GraphModule:
     """
     batch = torch.cat([example, example])[:2] if len(example) < 2 else example  # of one image the number is fixed
     try:
-        with quiet(), torch.no_grad():
-            dimensions = ({0: torch.export.Dim.AUTO},)
-            program = torch.export.export(network, (batch,), dynamic_shapes=dimensions).run_decompositions({})
-            graph = program.module()
+        graph = _captured(network, batch, ({0: torch.export.Dim.AUTO},))
+        if fixed_batch_size(graph) is not None:
+            graph = _captured(network, example[:1], None)
     except Exception as error:  # whatever Python code in a forward pass may do to it
         raise UnsupportedModelError(
             f"the data flow of the network cannot be captured: {first_line(error)}; rewrite that part of its forward "
             "method"
         ) from error
-    if not isinstance(graph, GraphModule):
-        raise UnsupportedModelError("the data flow of the network cannot be captured")
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and not node.users:  # checks of the input's shape
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _captured(network: nn.Module, batch: Tensor, dynamic_shapes: Any) -> GraphModule:
+    with quiet(), torch.no_grad():
+        program = torch.export.export(network, (batch,), dynamic_shapes=dynamic_shapes).run_decompositions({})
+        graph: Any = program.module()
+    module: GraphModule = graph
+    return module
+
+
+def fixed_batch_size(graph: GraphModule) -> int | None:
+    """How many images the graph takes at a time; None if any number."""
+    (first, *_) = (node for node in graph.graph.nodes if node.op == "placeholder")
+    size = first.meta["val"].shape[0]
+    return size if isinstance(size, int) else None
 
 
 def operator(node: Node) -> str:
