@@ -23,8 +23,8 @@ def correct_biases(
     """Subtract from each bias the mean difference that rounding its layer's weights makes; in place.
 
     On the inputs that the layer gets in the int8 network, averaged over images and positions, per output channel
-    (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.2, with real
-    inputs in the place of their expectation). One streamed pass.
+    (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.2, with
+    real inputs in the place of their expectation). One streamed pass.
 
     Returns:
         What was done, for the user; empty if there is no bias to correct.

@@ -31,7 +31,7 @@ Batches = Callable[[], Iterable[Tensor]]
 Equalizer = Callable[[nn.Module, Tensor, Batches], str]
 """Rescales channels of a network in place, given an image and images, and says what it did."""
 
-_MIN_GAIN_DB = 0.1
+_MIN_GAIN_DB = 0.5
 """What a step must win to be kept: it costs a float file of its own to quantize from."""
 
 _LARGEST_DB = 200.0
@@ -167,7 +167,7 @@ def prepare_int8(
 def _rebatched(batches: Batches, *, is_single: bool) -> Batches:
     def start() -> Iterator[Tensor]:
         for batch in batches():
-            yield from batch.split(1) if is_single else (batch,)
+            yield from torch.split(batch, 1) if is_single else (batch,)
 
     return start
 

@@ -79,9 +79,9 @@ def round_adaptively(
         for step, batch in enumerate(itertools.islice(_repeated(batches), _STEPS)):
             targets = _Targets(graph, roundings).see(batch, originals)
             losses = _Losses(simulated, roundings).see(batch, targets)
-            loss = sum(losses) + _pull(roundings.values(), step)
+            loss = torch.stack(losses).sum() + _pull(roundings.values(), step)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[union-attr]
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     moved = total = 0
     with torch.no_grad():
@@ -153,7 +153,7 @@ class _Targets(Interpreter):
 
 
 class _Losses(Interpreter):
-    """Distance of each layer's output, with its weight as it learns, from the target, relative to the target's energy."""
+    """Distance of each layer's output, with its weight as it learns, from the target, relative to its energy."""
 
     def __init__(self, graph: GraphModule, roundings: Mapping[int, _Rounding]) -> None:
         super().__init__(graph)
