@@ -122,12 +122,13 @@ class MobileNetV2(nn.Module):
     Args:
         num_classes: Outputs.
         width: Factor on all channels, rounded to multiples of 8; below 1 it spares the last convolution.
+        stem_stride: Stride of the first convolution; 1 leaves images of 32x32 enough pixels.
     """
 
-    def __init__(self, num_classes: int = 1000, *, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int = 1000, *, width: float = 1.0, stem_stride: int = 2) -> None:
         super().__init__()
         channels = _multiple_of_8(32 * width)
-        self.features = nn.Sequential(_conv_relu6(3, channels, 3, stride=2))
+        self.features = nn.Sequential(_conv_relu6(3, channels, 3, stride=stem_stride))
         for expansion, unscaled, blocks, first_stride in V2_STAGES:
             out_channels = _multiple_of_8(unscaled * width)
             for block in range(blocks):
@@ -175,6 +176,6 @@ def mobilenet_v1(num_classes: int = 1000, *, width: float = 1.0) -> MobileNetV1:
     return MobileNetV1(num_classes, width=width)
 
 
-def mobilenet_v2(num_classes: int = 1000, *, width: float = 1.0) -> MobileNetV2:
+def mobilenet_v2(num_classes: int = 1000, *, width: float = 1.0, stem_stride: int = 2) -> MobileNetV2:
     """MobileNetV2: 3.50 M parameters, 301 MMACs at 224x224."""
-    return MobileNetV2(num_classes, width=width)
+    return MobileNetV2(num_classes, width=width, stem_stride=stem_stride)

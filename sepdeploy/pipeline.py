@@ -324,6 +324,7 @@ def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -
         "max_drop": options.max_drop_points,
         "recoverable": options.recoverable_points,
         "lowering": options.lowering,
+        "int8": repr(options.int8),
         "target": options.target,
         "precision": options.precision.value,
         "calibration": inputs.calibration.sha256,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sepdeploy.core.artifact import Format, Precision
+from sepdeploy.core.int8 import Int8Options
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.core.training import ReconstructOptions, TrainOptions
 from sepdeploy.errors import UsageError
@@ -132,6 +133,7 @@ class ConvertOptions:
         formats: Files to make.
         lowering: How separable forms are written down in the files: lowerings in the order of their application, none
             if empty; None takes those that suit each file.
+        int8: How the int8 files are quantized.
         transfer: 'anchored' or 'data-free'; without data nothing is reconstructed either.
         reconstruct: How blocks are trained to imitate the original's, without labels; None leaves it out.
         train: Images to fine-tune on; None for no fine-tuning.
@@ -165,6 +167,7 @@ class ConvertOptions:
     precision: Precision = Precision.FLOAT32
     formats: tuple[Format, ...] = (Format.ONNX, Format.TFLITE)
     lowering: tuple[str, ...] | None = None
+    int8: Int8Options = field(default_factory=Int8Options)
     transfer: str = "anchored"
     reconstruct: ReconstructOptions | None = field(default_factory=ReconstructOptions)
     train: str | None = None

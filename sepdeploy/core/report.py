@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
+from sepdeploy.core.int8 import Int8Step
 from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Plan
@@ -104,6 +105,8 @@ class ArtifactResult:
         latency: Its latency, measured interleaved with the other files of the same runtime.
         max_abs_error: Largest |output - output of the PyTorch network it was exported from| on real images.
         float_ops: For int8 files: operators that still compute in floating point, with their count ('Softmax x1').
+        int8_steps: For int8 files: what was tried before quantizing.
+        int8_note: For int8 files: why nothing could be tried.
     """
 
     artifact: Artifact
@@ -111,6 +114,8 @@ class ArtifactResult:
     latency: Latency | None
     max_abs_error: float | None
     float_ops: tuple[str, ...] = ()
+    int8_steps: tuple[Int8Step, ...] = ()
+    int8_note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

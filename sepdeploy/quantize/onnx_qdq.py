@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sepdeploy.core.artifact import Format
+from sepdeploy.core.int8 import Affine, IoType, PlaceRange, RangeMethod
 from sepdeploy.core.quiet import quiet
 from sepdeploy.errors import SepdeployError, ToolError, UsageError
 from sepdeploy.quantize.calibration_images import checked_images
+from sepdeploy.quantize.file_ranges import ranges_of_file
 from sepdeploy.quantize.inspect_int8 import require_int8_convs
+from sepdeploy.quantize.onnx_io import set_io_type
 from sepdeploy.quantize.saturation import saturates_u8s8
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["quantize_onnx"]
+__all__ = ["OnnxTensors", "quantize_onnx"]
+
+_SAME_SCALE = frozenset(
+    {"AveragePool", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze",
+     "Transpose", "Unsqueeze"}
+)  # fmt: skip
+_FUSING = frozenset({"Add", "Conv", "ConvTranspose", "Gemm", "MatMul", "Mul", "Sub"})
 
 
-def quantize_onnx(source: Path, destination: Path, images: Iterable[np.ndarray]) -> None:
+def quantize_onnx(
+    source: Path,
+    destination: Path,
+    images: Iterable[np.ndarray],
+    *,
+    places: tuple[PlaceRange, ...] = (),
+    method: RangeMethod = "minmax",
+    io: IoType = "auto",
+) -> None:
     """Write the int8 version of the float32 ONNX file `source` to `destination`.
 
-    Weights are int8, symmetric, one scale per output channel; activations are uint8, asymmetric, one scale per tensor,
-    over the full range that they take on `images`. This U8S8 pairing is what onnxruntime fuses on x86 and Arm alike.
-    Where this machine saturates in it (`saturates_u8s8`) weights keep to 7 bits, which every machine computes exactly.
-    The input and the outputs of the file stay float32. The same images give the same bytes on the same kind of
-    processor; memory does not grow with their number.
+    Weights are int8, symmetric, one scale per output channel; activations are uint8, asymmetric, one scale per tensor.
+    This U8S8 pairing is what onnxruntime fuses on x86 and Arm alike. Where this machine saturates in it
+    (`saturates_u8s8`) weights keep to 7 bits, which every machine computes exactly. The same images give the same bytes
+    on the same kind of processor; memory does not grow with their number.
 
     Args:
         source: Float32 ONNX file with one input and static shapes.
         destination: The file to write.
-        images: Inputs as the file takes them, (1, C, H, W) float32 for images; read once.
+        images: Inputs as the file takes them, (1, C, H, W) float32 for images; read once, and only as far as needed.
+        places: Ranges of the network's activations; tensors that hold something else get their own.
+        method: How their own range follows from the images.
+        io: Type of the input and the outputs; 'auto' is float32.
 
     Raises:
         UsageError: if there are no images, or they do not fit the file's input.
@@ -43,7 +62,7 @@ def quantize_onnx(source: Path, destination: Path, images: Iterable[np.ndarray])
     """
     try:
         with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder:
-            data = _quantized(source, Path(folder), images)
+            data = _quantized(source, Path(folder), images, places, method, io)
     except (SepdeployError, OSError):
         raise
     except Exception as error:
@@ -53,7 +72,14 @@ def quantize_onnx(source: Path, destination: Path, images: Iterable[np.ndarray])
     require_int8_convs(destination, Format.ONNX)
 
 
-def _quantized(source: Path, folder: Path, images: Iterable[np.ndarray]) -> bytes:
+def _quantized(
+    source: Path,
+    folder: Path,
+    images: Iterable[np.ndarray],
+    places: tuple[PlaceRange, ...],
+    method: RangeMethod,
+    io: IoType,
+) -> bytes:
     import onnx
     from onnxruntime.quantization import QDQQuantizer, QuantType, quant_pre_process
 
@@ -63,17 +89,16 @@ def _quantized(source: Path, folder: Path, images: Iterable[np.ndarray]) -> byte
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         model = onnx.load(str(prepared))
     name, shape = _single_input(model, source)
-    ranges = _calibrated(prepared, folder / "augmented.onnx", name, checked_images(images, shape))
+    affines = ranges_of_file(OnnxTensors(model, name), checked_images(images, shape), places, method)
     with quiet():
-        # What `quantize_static` does after calibrating. Its own calibration keeps one entry per image and, with
-        # CalibMaxIntermediateOutputs, forgets all but the last chunk of images.
+        # What `quantize_static` does after calibrating.
         quantizer = QDQQuantizer(
             model,
             per_channel=True,
             reduce_range=saturates_u8s8(),
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
-            tensors_range=ranges,
+            tensors_range=_tensors_data(affines),
             nodes_to_quantize=[],
             nodes_to_exclude=[],
             op_types_to_quantize=_quantizable_op_types(),
@@ -84,6 +109,7 @@ def _quantized(source: Path, folder: Path, images: Iterable[np.ndarray]) -> byte
     quantized = onnx.load(str(folder / "quantized.onnx"))
     quantized.ClearField("metadata_props")
     _drop_unused_opsets(quantized)
+    set_io_type(quantized, "float32" if io == "auto" else io)
     data: bytes = quantized.SerializeToString(deterministic=True)
     onnx.checker.check_model(data, full_check=True)
     return data
@@ -111,30 +137,86 @@ def _quantizable_op_types() -> list[str]:
     return sorted({*QDQRegistry, *QLinearOpsRegistry})
 
 
-def _calibrated(model_path: Path, augmented_path: Path, input_name: str, images: Iterable[np.ndarray]) -> Any:
-    """The smallest and largest value of every activation over all images, as onnxruntime's TensorsData."""
-    from onnxruntime.quantization import CalibrationMethod, create_calibrator
+def _tensors_data(affines: Mapping[str, Affine]) -> Any:
+    """Ranges in onnxruntime's terms; it computes the same scales and zero points from them again."""
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
 
-    with quiet():
-        calibrator = create_calibrator(
-            model_path,
-            _quantizable_op_types(),
-            augmented_model_path=str(augmented_path),
-            calibrate_method=CalibrationMethod.MinMax,
+    data = {
+        name: TensorData(lowest=np.float32(affine.low), highest=np.float32(affine.high))
+        for name, affine in affines.items()
+    }
+    return TensorsData(CalibrationMethod.MinMax, data)
+
+
+class OnnxTensors:
+    """The activations of a float ONNX graph, in onnxruntime without its optimizations.
+
+    Args:
+        model: With all types inferred, as `quant_pre_process` leaves it.
+        input_name: Of its only input.
+
+    Attributes:
+        aliases: See `FileTensors`.
+    """
+
+    def __init__(self, model: onnx.ModelProto, input_name: str) -> None:
+        import onnx
+        import onnxruntime
+
+        inferred = onnx.shape_inference.infer_shapes(model)
+        floats = {
+            value.name
+            for value in (*inferred.graph.value_info, *inferred.graph.output)
+            if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        }
+        self._input = input_name
+        constants = {initializer.name for initializer in model.graph.initializer}
+        flowing = _flowing_tensors(model.graph, input_name)
+        self._names = [name for name in flowing if name in floats and name not in constants]
+        self.aliases = _aliases(model.graph, flowing)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        own = {output.name for output in copy.graph.output}
+        copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._names if name not in own)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session: Any = onnxruntime.InferenceSession(
+            copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-    for image in images:
-        with quiet():
-            calibrator.collect_data(_OneImage({input_name: image}))  # merges the ranges and drops the outputs
-    return calibrator.compute_data()
+
+    def run(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        """All floating-point activations for one image, by name."""
+        values = self._session.run(self._names, {self._input: image})
+        return {self._input: image, **dict(zip(self._names, values, strict=True))}
 
 
-class _OneImage:
-    """A calibration data reader, in onnxruntime's terms, with a single image."""
+def _flowing_tensors(graph: onnx.GraphProto, input_name: str) -> list[str]:
+    """Names of what depends on the input, in order."""
+    flowing = {input_name: None}
+    for node in graph.node:
+        if any(name in flowing for name in node.input):
+            flowing |= dict.fromkeys(name for name in node.output if name)
+    del flowing[input_name]
+    return list(flowing)
 
-    def __init__(self, feeds: dict[str, np.ndarray]) -> None:
-        self._feeds: dict[str, np.ndarray] | None = feeds
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The image the first time, then None."""
-        feeds, self._feeds = self._feeds, None
-        return feeds
+def _aliases(graph: onnx.GraphProto, flowing: Iterable[str]) -> dict[str, str]:
+    """Tensors that are moved from another one, or that only an activation reads which is computed with them."""
+    known = {*flowing}
+    outputs = {output.name for output in graph.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    aliases: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type in _SAME_SCALE and node.input[0] in known:
+            aliases |= dict.fromkeys(node.output, node.input[0])
+        elif node.op_type in _FUSING and node.output[0] not in outputs:
+            after = readers.get(node.output[0], [])
+            if len(after) == 1 and after[0].op_type in ("Relu", "Clip"):
+                aliases[node.output[0]] = after[0].output[0]
+    return aliases

@@ -4,29 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sepdeploy.core.artifact import Format
+from sepdeploy.core.int8 import IoType, PlaceRange, RangeMethod
 from sepdeploy.core.quiet import quiet, silenced_native_stderr
 from sepdeploy.errors import SepdeployError, ToolError, UsageError
 from sepdeploy.quantize.calibration_images import checked_images
+from sepdeploy.quantize.file_ranges import ranges_of_file
 from sepdeploy.quantize.inspect_int8 import require_int8_convs
+from sepdeploy.quantize.tflite_io import with_io_type
 
-__all__ = ["quantize_tflite"]
+__all__ = ["TfliteTensors", "quantize_tflite"]
+
+_SAME_SCALE = frozenset(
+    {"AVERAGE_POOL_2D", "BROADCAST_TO", "GATHER", "GATHER_ND", "MAX_POOL_2D", "MIRROR_PAD", "PAD", "RESHAPE",
+     "RESIZE_NEAREST_NEIGHBOR", "SLICE", "SPACE_TO_DEPTH", "SPLIT", "STRIDED_SLICE", "TRANSPOSE", "UNPACK"}
+)  # fmt: skip
 
 
-def quantize_tflite(source: Path, destination: Path, images: Iterable[np.ndarray]) -> None:
+def quantize_tflite(
+    source: Path,
+    destination: Path,
+    images: Iterable[np.ndarray],
+    *,
+    places: tuple[PlaceRange, ...] = (),
+    method: RangeMethod = "minmax",
+    io: IoType = "auto",
+) -> None:
     """Write the int8 version of the float32 TFLite file `source` to `destination`.
 
-    Weights are int8, symmetric, one scale per output channel; activations are int8, asymmetric, one scale per tensor,
-    over the full range that they take on `images`. The input and the outputs become int8. The same images give the
-    same bytes; memory does not grow with their number.
+    Weights are int8, symmetric, one scale per output channel; activations are int8, asymmetric, one scale per tensor.
+    The same images give the same bytes; memory does not grow with their number.
 
     Args:
         source: Float32 TFLite file with one input and static shapes.
         destination: The file to write.
-        images: Inputs as the file takes them, (1, H, W, C) float32 for a channels-last file; read once.
+        images: Inputs as the file takes them, (1, H, W, C) float32 for a channels-last file; read once, and only as far
+            as needed.
+        places: Ranges of the network's activations; tensors that hold something else get their own.
+        method: How their own range follows from the images.
+        io: Type of the input and the outputs; 'auto' is int8.
 
     Raises:
         UsageError: if there are no images, or they do not fit the file's input.
@@ -42,7 +62,7 @@ def quantize_tflite(source: Path, destination: Path, images: Iterable[np.ndarray
             "run pip install 'sepdeploy[tflite]', or leave TFLite out with --formats onnx"
         ) from error
     try:
-        data = _quantized(source, images)
+        data = _quantized(source, images, places, method, io)
     except (SepdeployError, OSError):
         raise
     except Exception as error:
@@ -52,26 +72,78 @@ def quantize_tflite(source: Path, destination: Path, images: Iterable[np.ndarray
     require_int8_convs(destination, Format.TFLITE)
 
 
-def _quantized(source: Path, images: Iterable[np.ndarray]) -> bytes:
-    from ai_edge_quantizer import calibrator, quantizer, recipe, recipe_manager
-    from ai_edge_quantizer.utils import qsv_utils
+def _quantized(
+    source: Path, images: Iterable[np.ndarray], places: tuple[PlaceRange, ...], method: RangeMethod, io: IoType
+) -> bytes:
+    from ai_edge_quantizer import quantizer, recipe
 
-    signature, input_name, shape = _single_input(source)
+    shape = _single_input(source)[2]
+    # Its own calibration takes a moving average that clips the ranges and costs 10 to 25 dB.
+    affines = ranges_of_file(TfliteTensors(source), checked_images(images, shape), places, method)
+    ranges = {
+        # The rounding to float32 is that of the ONNX file, so that both come to the same scales.
+        name: {"min": _as_float32(affine.low), "max": _as_float32(affine.high)}
+        for name, affine in affines.items()
+    }
     with quiet():
         static_int8 = recipe.static_wi8_ai8()
-        recipes = recipe_manager.RecipeManager()
-        recipes.load_quantization_recipe(static_int8)
-    with quiet(), silenced_native_stderr():
-        # Quantizer.calibrate() takes a moving average that clips the ranges and costs 10 to 25 dB.
-        ranges = calibrator.Calibrator(str(source), num_threads=1, qsv_update_func=qsv_utils.min_max_update)
-    for image in checked_images(images, shape):
-        with quiet():
-            ranges.calibrate({signature: [{input_name: image}]}, recipes)
-    with quiet():
-        result = quantizer.Quantizer(str(source), static_int8).quantize(
-            ranges.get_model_qsvs(), enable_progress_report=False
-        )
-    return bytes(result.quantized_model)
+        result = quantizer.Quantizer(str(source), static_int8).quantize(ranges, enable_progress_report=False)
+    return with_io_type(bytes(result.quantized_model), "int8" if io == "auto" else io)
+
+
+def _as_float32(value: float) -> np.ndarray:
+    return np.array([value], np.float32).astype(np.float64)
+
+
+class TfliteTensors:
+    """The activations of a float TFLite file, in LiteRT with every tensor kept.
+
+    Args:
+        source: The file.
+
+    Attributes:
+        aliases: See `FileTensors`.
+    """
+
+    def __init__(self, source: Path) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        with quiet(), silenced_native_stderr():
+            self._interpreter: Any = Interpreter(str(source), num_threads=1, experimental_preserve_all_tensors=True)
+            self._interpreter.allocate_tensors()
+        self._input = self._interpreter.get_input_details()[0]["index"]
+        details = self._interpreter.get_tensor_details()
+        makers, self.aliases = _flow(source, [str(detail["name"]) for detail in details])
+        self._names = {
+            int(detail["index"]): str(detail["name"])
+            for detail in details
+            if detail["dtype"] is np.float32 and detail["index"] in makers | {self._input}
+        }
+
+    def run(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        """All floating-point activations for one image, by name."""
+        self._interpreter.set_tensor(self._input, image)
+        self._interpreter.invoke()
+        return {name: self._interpreter.get_tensor(index) for index, name in self._names.items()}
+
+
+def _flow(source: Path, names: list[str]) -> tuple[set[int], dict[str, str]]:
+    """Tensors that an operator makes, by index, and those that have the codes of another, by name."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    operators = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    model = schema.Model.GetRootAs(source.read_bytes(), 0)
+    graph = model.Subgraphs(0)
+    makers: set[int] = set()
+    aliases: dict[str, str] = {}
+    for op in (graph.Operators(i) for i in range(graph.OperatorsLength())):
+        code = model.OperatorCodes(op.OpcodeIndex())
+        outputs = [op.Outputs(k) for k in range(op.OutputsLength())]
+        makers |= {*outputs}
+        if operators[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] in _SAME_SCALE:
+            data = 1 if operators[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] == "SPLIT" else 0
+            aliases |= {names[output]: names[op.Inputs(data)] for output in outputs}
+    return makers, aliases
 
 
 def _single_input(source: Path) -> tuple[str, str, tuple[int, ...]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import replacing, sha256_of_file
+from sepdeploy.core.int8 import IoType, PlaceRange, RangeMethod
 from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan, lowered_for
@@ -34,6 +36,7 @@ from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import Evaluator, run_network
 from sepdeploy.planning.target import find_target
 from sepdeploy.quantize.saturation import saturates_u8s8
+from sepdeploy.stages.int8 import Int8Network, prepare_network, range_images
 from sepdeploy.stages.load import Inputs
 from sepdeploy.version import __version__
 
@@ -58,9 +61,6 @@ _SMALLEST_RANGE = 1e-6 / _NUMERIC_TOLERANCE
 
 _OTHER_IMAGES = 2000
 """Validation images for files that no promise is about."""
-
-_RANGE_IMAGES = 256
-"""Calibration images for the int8 ranges: minima and maxima settle long before that."""
 
 
 def versions() -> dict[str, str]:
@@ -116,12 +116,14 @@ def deploy(
     weights_sha256: str,
     progress: Progress,
     plan: Plan | None = None,
+    settled: tuple[PlaceRange, ...] = (),
 ) -> list[ArtifactResult]:
     """Export and quantize one network to every format; the files' qualities and latencies are still open.
 
     The chains of a converted network are lowered for each file (`wanted_lowerings`), in the target's file as `plan` has
-    chosen for each. An int8 file is quantized from the float32 file where both want the same form, else from a float32
-    file of its own, `work/int8_source.*`.
+    chosen for each. Before, the network is prepared for int8 (`stages/int8.py`), once for all formats. An int8 file is
+    quantized from the float32 file where both want the same form and the same weights, else from a float32 file of its
+    own, `work/int8_source.*`. `settled` are the ranges that the network was trained with.
 
     Raises:
         UsageError: if `options` name a lowering that does not exist.
@@ -130,23 +132,28 @@ def deploy(
     """
     batch = _first_images(inputs)
     folded = cache(lambda: fold_network(network, traced, batch))  # only where there is something to export
-    maker = _FileMaker(store, inputs, network, folded, batch, role, weights_sha256, progress)
+    lowerings = {
+        (file_format, precision): lowerings_that_apply(
+            network,
+            wanted_lowerings(options, file_format, precision),
+            _chosen_lowerings(options, file_format, precision, plan),
+        )
+        for file_format in options.formats
+        for precision in Precision
+    }
+    prepared = prepare_network(
+        store, options.int8, inputs, traced, folded, role, weights_sha256, options.seed, progress, settled
+    )
+    maker = _FileMaker(store, options, inputs, network, folded, prepared, batch, role, weights_sha256, progress)
     results = []
     for file_format in options.formats:
         float_path = artifact_path(store.folder, file_format, Precision.FLOAT32, role)
         int8_path = artifact_path(store.folder, file_format, Precision.INT8, role)
-        lowering, int8_lowering = (
-            lowerings_that_apply(
-                network,
-                wanted_lowerings(options, file_format, precision),
-                _chosen_lowerings(options, file_format, precision, plan),
-            )
-            for precision in (Precision.FLOAT32, Precision.INT8)
-        )
+        lowering, int8_lowering = (lowerings[file_format, each] for each in (Precision.FLOAT32, Precision.INT8))
         maker.export(file_format, float_path, lowering)
         source = float_path
-        if int8_lowering != lowering:
-            source = store.work / f"int8_source.{file_format.value}"
+        if int8_lowering != lowering or prepared.record.is_changed:
+            source = store.work / f"int8_source.{role.value}.{file_format.value}"
             maker.export(file_format, source, int8_lowering)
         maker.quantize(file_format, source, int8_path, int8_lowering)
         results += [
@@ -179,15 +186,23 @@ def _chosen_lowerings(
     return {name: c.lowering for name, c in plan.replaced.items() if c.lowering is not None}
 
 
+class _QuantizeArguments(TypedDict):
+    places: tuple[PlaceRange, ...]
+    method: RangeMethod
+    io: IoType
+
+
 @dataclass(frozen=True, slots=True)
 class _FileMaker:
     """Makes the files of one network, each as a stage of the run.
 
     Attributes:
         store: Remembers what was made from what.
+        options: How files are made.
         inputs: Images and the original network.
         network: The network.
         folded: Gives it with batch norms folded.
+        int8: The same as it is quantized.
         batch: Real images to compare outputs on.
         role: Which network it is.
         weights_sha256: Hash of its weights.
@@ -195,9 +210,11 @@ class _FileMaker:
     """
 
     store: StageStore
+    options: ConvertOptions
     inputs: Inputs
     network: nn.Module
     folded: Callable[[], nn.Module]
+    int8: Int8Network
     batch: np.ndarray
     role: Role
     weights_sha256: str
@@ -211,12 +228,14 @@ class _FileMaker:
             "weights": self.weights_sha256,
             "versions": versions(),
             "lowering": dict(lowering),
+            "int8": asdict(self.int8.record) if is_source else None,
         }
 
         def make() -> None:
             purpose = ", to be quantized" if is_source else ""
             self.progress.stage(f"exporting the {self.role.value} network to {file_format.value}{purpose}")
-            network = self.folded()
+            designed = self.int8.network() if is_source else self.folded()
+            network = designed
             if lowering:
                 network = copy_network(network)
                 lower_chains(network, (), lowering)
@@ -224,7 +243,7 @@ class _FileMaker:
             with replacing(path) as temporary:
                 _export(network, self.batch[:1], temporary, file_format, is_channels_last=transposes)
                 # Against the network before its chains were lowered: so the lowering is checked too.
-                _check_numerics(temporary, self.folded(), self.batch, is_channels_last=transposes)
+                _check_numerics(temporary, designed, self.batch, is_channels_last=transposes)
                 if not is_source:
                     self.store.before_change()
 
@@ -240,13 +259,16 @@ class _FileMaker:
             "versions": versions(),
             "saturates": saturates_u8s8(),
             "lowering": dict(lowering),
+            "int8": asdict(self.int8.record),
+            "io": self.options.int8.io,
+            "seed": self.options.seed,
         }
 
         def make() -> None:
             self.progress.stage(f"quantizing the {self.role.value} {file_format.value} file to int8")
             with replacing(path) as temporary:
                 transposes = self._transposes(file_format)
-                _quantize(source, temporary, self.inputs, file_format, is_channels_last=transposes)
+                self._quantize(source, temporary, file_format, is_channels_last=transposes)
                 self.store.before_change()
 
         self.store.run(f"quantize {self.role.value} {file_format.value}", key, (path,), make)
@@ -258,8 +280,28 @@ class _FileMaker:
             path, format=file_format, precision=precision, role=self.role, is_channels_last=transposes
         )
         error = _numeric_error(path, self.network, self.batch, is_channels_last=transposes)
-        float_ops = _float_ops(artifact) if precision is Precision.INT8 else ()
-        return ArtifactResult(artifact, None, None, error, float_ops)
+        if precision is not Precision.INT8:
+            return ArtifactResult(artifact, None, None, error)
+        record = self.int8.record
+        return ArtifactResult(artifact, None, None, error, _float_ops(artifact), record.steps, record.note)
+
+    def _quantize(self, source: Path, path: Path, file_format: Format, *, is_channels_last: bool) -> None:
+        record = self.int8.record
+        fit, _ = range_images(self.inputs.calibration, self.options.seed)
+
+        def images() -> Iterator[np.ndarray]:
+            for batch, _ in fit.batches(1):
+                yield batch.transpose(0, 2, 3, 1) if is_channels_last else batch
+
+        given = _QuantizeArguments(places=record.places, method=record.method, io=self.options.int8.io)
+        if file_format is Format.ONNX:
+            from sepdeploy.quantize.onnx_qdq import quantize_onnx
+
+            quantize_onnx(source, path, images(), **given)
+        else:
+            from sepdeploy.quantize.tflite_int8 import quantize_tflite
+
+            quantize_tflite(source, path, images(), **given)
 
     def _transposes(self, file_format: Format) -> bool:
         """Whether the file takes NHWC where the network takes NCHW."""
@@ -368,22 +410,6 @@ def _export(
         from sepdeploy.export.tflite import export_tflite
 
         export_tflite(network, torch.from_numpy(example), path, is_channels_last=is_channels_last)
-
-
-def _quantize(source: Path, path: Path, inputs: Inputs, file_format: Format, *, is_channels_last: bool) -> None:
-    def images() -> Iterator[np.ndarray]:
-        for batch, _ in inputs.calibration.head(_RANGE_IMAGES).batches(1):
-            yield batch
-
-    if file_format is Format.ONNX:
-        from sepdeploy.quantize.onnx_qdq import quantize_onnx
-
-        quantize_onnx(source, path, images())
-    else:
-        from sepdeploy.quantize.tflite_int8 import quantize_tflite
-
-        as_file_takes = (x.transpose(0, 2, 3, 1) if is_channels_last else x for x in images())
-        quantize_tflite(source, path, as_file_takes)
 
 
 def _check_numerics(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> None:

@@ -117,6 +117,7 @@ def make_report(
             *_memory_notes(options, plan, memory_before, memory_after),
             *_lowering_notes(options, network),
             *_file_notes(options, in_bundle),
+            *_int8_notes(in_bundle),
             *_selection_notes(guard),
         ),
         selection=guard.selection,
@@ -248,6 +249,24 @@ def _selection_notes(guard: GuardRecord) -> tuple[str, ...]:
         f"{plural(len(names), 'layer')} went back to what they were, because the network as a whole did not measure "
         f"faster with them: {', '.join(names)}",
     )
+
+
+def _int8_notes(results: Sequence[ArtifactResult]) -> tuple[str, ...]:
+    """How the converted network was prepared for int8, and what each step was worth."""
+    result = next((r for r in results if r.artifact.role is Role.CONVERTED and (r.int8_steps or r.int8_note)), None)
+    if result is None:
+        return ()
+    if result.int8_note:
+        return (result.int8_note,)
+    said = [
+        f"{step.name} {step.sqnr_after_db:.1f} dB ({step.detail})"
+        if step.name == "calibration"
+        else f"{step.name} {step.sqnr_after_db - step.sqnr_before_db:+.1f} dB, {'kept' if step.is_kept else 'undone'} "
+        f"({step.detail})"
+        for step in result.int8_steps
+    ]
+    images = plural(result.int8_steps[0].images, "held-out calibration image")
+    return (f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}",)
 
 
 def _quality_notes(inputs: Inputs, traced: Trace, quality: Quality) -> tuple[str, ...]:

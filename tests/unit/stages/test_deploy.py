@@ -12,6 +12,7 @@ from torch import nn
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
 from sepdeploy.core.conv import ConvSpec, Trace
+from sepdeploy.core.int8 import Int8Options
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Candidate, Decision, Plan, Replaced, SchemeOptions
 from sepdeploy.core.stage_store import StageStore
@@ -117,6 +118,9 @@ SHUFFLED = ChainSum(
 PLAIN = ChainSum((Chain((Factor(8, 8, (3, 3), padding=(1, 1, 1, 1), groups=8), Factor(8, 8, (1, 1)))),))
 
 
+UNCHANGED = Int8Options(equalizes=False, corrects_bias=False)
+
+
 class Images:
     """What deploy asks of a set of images."""
 
@@ -126,6 +130,12 @@ class Images:
 
     def head(self, count):
         return self
+
+    def split(self, ratio, seed):
+        return self, self
+
+    def __len__(self):
+        return len(self.pixels)
 
     def batches(self, size):
         for start in range(0, len(self.pixels), size):
@@ -147,10 +157,13 @@ class Run:
     def step(self, done, total):
         pass
 
-    def deploy(self, lowering=None, role=Role.CONVERTED, plan=None):
+    def deploy(self, lowering=None, role=Role.CONVERTED, plan=None, int8=UNCHANGED):
         self.stages = []
-        options = ConvertOptions(Path("model.pt"), "a:b", "images", formats=(Format.ONNX,), lowering=lowering)
-        inputs = SimpleNamespace(calibration=Images(), validation=Images(), network_key=dict)
+        options = ConvertOptions(
+            Path("model.pt"), "a:b", "images", formats=(Format.ONNX,), lowering=lowering, int8=int8
+        )
+        example = torch.from_numpy(Images.pixels[:1])
+        inputs = SimpleNamespace(calibration=Images(), validation=Images(), network_key=dict, example=lambda: example)
         store = StageStore(self.folder, on_change=lambda: None)
         trace = Trace(sites=(), input_shape=(1, 8, 6, 6), output_shapes=((1, 4, 6, 6),), total_macs=0, total_params=0)
         return deploy.deploy(store, options, inputs, trace, self.network, role, "weights", self, plan)
@@ -163,11 +176,11 @@ def test_each_file_is_lowered_as_its_runtime_likes_it(tmp_path):
     run = Run(tmp_path, SHUFFLED)
     float_file, int8_file = run.deploy()
     assert "Gather" in run.ops("model.onnx")
-    assert "Gather" not in run.ops("work/int8_source.onnx") | run.ops("model.int8.onnx")
+    assert "Gather" not in run.ops("work/int8_source.converted.onnx") | run.ops("model.int8.onnx")
     assert (float_file.artifact.precision, int8_file.artifact.precision) == (Precision.FLOAT32, Precision.INT8)
     assert float_file.max_abs_error < 1e-5 < int8_file.max_abs_error < 0.1
     assert isinstance(run.network[0].form.terms[0].stages[1], Shuffle)  # the network itself stays
-    assert len(run.stages) == 3
+    assert len(run.stages) == 4
     run.deploy()
     assert run.stages == []
 
@@ -175,8 +188,8 @@ def test_each_file_is_lowered_as_its_runtime_likes_it(tmp_path):
 def test_one_form_for_both_files_needs_no_second_export(tmp_path):
     run = Run(tmp_path, PLAIN)
     run.deploy()
-    assert [stage.split()[0] for stage in run.stages] == ["exporting", "quantizing"]
-    assert not (tmp_path / "work" / "int8_source.onnx").exists()
+    assert [stage.split()[0] for stage in run.stages] == ["finding", "exporting", "quantizing"]
+    assert not (tmp_path / "work" / "int8_source.converted.onnx").exists()
     run.deploy(lowering=("fold_norm", "terms_as_branches"))  # changes nothing here
     assert run.stages == []
 

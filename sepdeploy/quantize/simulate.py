@@ -1,0 +1,211 @@
+"""The int8 network in PyTorch: the float graph with every value rounded where the files round it.
+
+Activations are 8-bit and asymmetric, one scale per tensor; weights are int8 and symmetric, one scale per output
+channel. Gradients pass through the rounding as if it were not there and end where a value is clipped: the
+straight-through estimator (Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from sepdeploy.analyze.flow_graph import MOVING, WEIGHTED, activation_nodes, operator, sole_reader
+from sepdeploy.core.int8 import Affine
+from sepdeploy.quantize.ranges import Histogram
+
+__all__ = [
+    "QuantizeActivation",
+    "QuantizeWeight",
+    "fake_quantized",
+    "observe",
+    "quantized_places",
+    "source_place",
+    "watch",
+    "weight_scales",
+]
+
+_SAME_SCALE = MOVING | {"max_pool2d", "max_pool1d", "avg_pool2d", "adaptive_max_pool2d"}
+"""Operators whose output has the codes of their input: nothing is rounded anew, except where tensors are joined."""
+
+_FUSED_ACTIVATIONS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min"})
+_FUSING = WEIGHTED | {"add", "sub", "mul", "getitem", "batch_norm"}
+
+
+def quantized_places(graph: GraphModule) -> tuple[Node, ...]:
+    """Nodes whose values both runtimes hold in 8 bits with a scale of their own, in order.
+
+    The input, and whatever computes: convolutions with the activation that is fused to them, sums, products, joined
+    tensors, global pooling. What only moves values keeps their codes.
+    """
+    flowing = activation_nodes(graph)
+    places = []
+    for node in graph.graph.nodes:
+        if node not in flowing or not _is_float(node):
+            continue
+        name = operator(node)
+        moves = name in _SAME_SCALE and name not in ("cat", "stack")
+        is_norm = name == "getitem" and "norm" in operator(node.args[0])
+        if (moves and not is_norm) or _is_fused(node):
+            continue
+        places.append(node)
+    return tuple(places)
+
+
+def source_place(node: Node, places: frozenset[Node] | set[Node]) -> Node | None:
+    """The place whose codes `node` has: itself, or what its values were moved from."""
+    while node not in places:
+        if operator(node) not in _SAME_SCALE or not node.all_input_nodes:
+            return None
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_fused(node: Node) -> bool:
+    """Whether an activation that alone reads the node is computed with it."""
+    reader = sole_reader(node)
+    return reader is not None and operator(node) in _FUSING and operator(reader) in _FUSED_ACTIVATIONS
+
+
+class _Watcher(Interpreter):
+    """Hands the values of some nodes to a function."""
+
+    def __init__(self, graph: GraphModule, nodes: Iterable[Node], see: Callable[[Node, Tensor], None]) -> None:
+        super().__init__(graph)
+        self._nodes, self._see = set(nodes), see
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n in self._nodes:
+            self._see(n, result)
+        return result
+
+
+@torch.no_grad()
+def watch(
+    graph: GraphModule, nodes: Iterable[Node], batches: Iterable[Tensor], see: Callable[[Node, Tensor], None]
+) -> None:
+    """Run the graph on batches and show `see` what each of the nodes returns; nothing is kept."""
+    watcher = _Watcher(graph, nodes, see)
+    for batch in batches:
+        watcher.run(batch)
+
+
+def observe(graph: GraphModule, batches: Iterable[Tensor]) -> dict[str, Histogram]:
+    """Histograms of all places, by the node's name, from one pass."""
+    places = quantized_places(graph)
+    histograms = {node.name: Histogram() for node in places}
+    watch(graph, places, batches, lambda node, value: histograms[node.name].update(value.numpy(force=True)))
+    return histograms
+
+
+class QuantizeActivation(nn.Module):
+    """Rounds to the 256 values of a tensor's scale.
+
+    Args:
+        affine: The scale and the zero point.
+    """
+
+    def __init__(self, affine: Affine) -> None:
+        super().__init__()
+        self.affine = affine
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round values of any shape."""
+        return torch.fake_quantize_per_tensor_affine(x, self.affine.scale, self.affine.zero_point, 0, 255)
+
+
+class QuantizeWeight(nn.Module):
+    """Rounds a weight to -127 to 127 steps per output channel, the largest magnitude being 127 steps."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Round (O, ...)."""
+        scale = weight_scales(weight)
+        zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -127, 127)
+
+
+class QuantizeBias(nn.Module):
+    """Rounds a bias to multiples of the input's scale times the weight's, as 32-bit accumulators take it.
+
+    Args:
+        input_scale: Of the activation that the weight is multiplied with.
+    """
+
+    def __init__(self, input_scale: float) -> None:
+        super().__init__()
+        self.input_scale = input_scale
+
+    def forward(self, bias: Tensor, weight: Tensor) -> Tensor:
+        """Round (O,), given the weight (O, ...)."""
+        step = weight_scales(weight).double() * self.input_scale
+        rounded = (torch.round(bias.detach().double() / step) * step).to(bias.dtype)
+        return bias + (rounded - bias).detach()
+
+
+def weight_scales(weight: Tensor) -> Tensor:
+    """Scale of each output channel, (O,) float32; any for a channel of zeros."""
+    largest = weight.detach().abs().flatten(1).amax(1)
+    return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+
+
+def fake_quantized(graph: GraphModule, affines: Mapping[str, Affine]) -> GraphModule:
+    """A graph that computes as int8 files with these scales do; it shares the parameters of `graph`.
+
+    Args:
+        graph: The float graph (`capture_graph`), batch norms folded.
+        affines: By the name of a place; others stay as they are.
+    """
+    copy = GraphModule(graph, _copied(graph))
+    places = {node for node in quantized_places(copy) if node.name in affines}
+    for node in [each for each in copy.graph.nodes if operator(each) in WEIGHTED]:
+        _quantize_weights(copy, node, places, affines)
+    for node in places:
+        _insert(copy, node, f"quantize_{node.name}", QuantizeActivation(affines[node.name]))
+    copy.graph.lint()
+    copy.recompile()
+    return copy
+
+
+def _copied(graph: GraphModule) -> torch.fx.Graph:
+    new = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    returned = new.graph_copy(graph.graph, copies)
+    new.output(returned)
+    new._codegen = graph.graph._codegen  # how inputs and outputs are nested
+    for old, copy in copies.items():
+        copy.name = old.name
+    return new
+
+
+def _quantize_weights(graph: GraphModule, node: Node, places: set[Node], affines: Mapping[str, Affine]) -> None:
+    weight = node.args[1]
+    if not isinstance(weight, Node) or weight in activation_nodes(graph):
+        return
+    with graph.graph.inserting_before(node):
+        name = f"weight_of_{node.name}"
+        graph.add_submodule(name, QuantizeWeight())
+        arguments = list(node.args)
+        arguments[1] = graph.graph.call_module(name, (weight,))
+        source = source_place(node.all_input_nodes[0], places)
+        if len(arguments) > 2 and isinstance(arguments[2], Node) and source is not None:
+            name = f"bias_of_{node.name}"
+            graph.add_submodule(name, QuantizeBias(affines[source.name].scale))
+            arguments[2] = graph.graph.call_module(name, (arguments[2], weight))
+        node.args = tuple(arguments)
+
+
+def _insert(graph: GraphModule, node: Node, name: str, module: nn.Module) -> None:
+    graph.add_submodule(name, module)
+    with graph.graph.inserting_after(node):
+        call = graph.graph.call_module(name, (node,))
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)

@@ -1,0 +1,181 @@
+"""Prepare a network for int8, once for the files of all formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sepdeploy.core.artifact import Role
+from sepdeploy.core.codec import read_json, write_json
+from sepdeploy.core.conv import Trace
+from sepdeploy.core.int8 import Affine, Int8Options, Int8Step, PlaceRange, RangeMethod
+from sepdeploy.core.progress import Progress
+from sepdeploy.core.stage_store import StageStore
+from sepdeploy.data.images import ImageSet
+from sepdeploy.errors import UnsupportedModelError
+from sepdeploy.passes.equalize_channels import equalize_channels
+from sepdeploy.passes.replace_convs import copy_network
+from sepdeploy.planning.evaluate import batch_size_for, tensor_batches
+from sepdeploy.quantize.prepare import prepare_int8
+from sepdeploy.render.format_numbers import plural
+from sepdeploy.stages.bundle import read_weights, save_weights
+from sepdeploy.stages.load import Inputs
+from sepdeploy.version import __version__
+
+__all__ = ["RANGE_IMAGES", "Int8Network", "Int8Record", "prepare_network", "range_images"]
+
+RANGE_IMAGES = 256
+"""Calibration images for the int8 ranges: they settle long before that."""
+
+_HELD_OUT_IMAGES = 64
+"""Most images that decide between methods."""
+
+_HELD_OUT_RATIO = 0.25
+_MIN_IMAGES = 4
+"""Fewer calibration images are not split: they serve for both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Record:
+    """What was decided about a network before its int8 files were written; work/int8.*.json.
+
+    Attributes:
+        method: How ranges are found.
+        is_changed: Whether its weights are others than those of the float files.
+        sqnr_db: Of the simulated int8 network on held-out images; None where it could not be simulated.
+        steps: What was tried.
+        places: Ranges of its activations; tensors of a file that hold something else get their own.
+        note: Why it could not be simulated.
+    """
+
+    method: RangeMethod
+    is_changed: bool
+    sqnr_db: float | None
+    steps: tuple[Int8Step, ...]
+    places: tuple[PlaceRange, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Network:
+    """A network as its int8 files are made from it.
+
+    Attributes:
+        record: What was decided.
+        network: Gives it, batch norms folded.
+    """
+
+    record: Int8Record
+    network: Callable[[], nn.Module]
+
+
+def range_images(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """The calibration images that ranges come from and those that decide; the same where they are too few to split."""
+    if len(images) < _MIN_IMAGES:
+        return images, images
+    fit, held_out = images.split(1 - _HELD_OUT_RATIO, seed)
+    return fit.head(RANGE_IMAGES), held_out.head(_HELD_OUT_IMAGES)
+
+
+def prepare_network(
+    store: StageStore,
+    options: Int8Options,
+    inputs: Inputs,
+    traced: Trace,
+    folded: Callable[[], nn.Module],
+    role: Role,
+    weights_sha256: str,
+    seed: int,
+    progress: Progress,
+    settled: tuple[PlaceRange, ...] = (),
+) -> Int8Network:
+    """Find the ranges of a network, and change weights where int8 gains by it.
+
+    Args:
+        store: Remembers what was made from what.
+        options: What may be tried.
+        inputs: Images.
+        traced: Trace of the original network.
+        folded: Gives the network with its batch norms folded.
+        role: Which network it is.
+        weights_sha256: Hash of its weights.
+        seed: Of the choice of images.
+        progress: Told what is going on.
+        settled: Ranges that the network was trained with; then they are kept, and so are the weights.
+    """
+    weights_path, record_path = (store.work / f"int8.{role.value}{suffix}" for suffix in (".pt", ".json"))
+    key = {
+        **inputs.network_key(),
+        "weights": weights_sha256,
+        "calibration": inputs.calibration.sha256,
+        "options": asdict(replace(options, io="auto")),
+        "seed": seed,
+        "settled": [asdict(place) for place in settled],
+        "version": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+    def make() -> None:
+        progress.stage(f"finding the int8 ranges of the {role.value} network")
+        network, record = _prepared(options, inputs, traced, folded(), seed, {p.name: p.affine for p in settled})
+        save_weights(weights_path, network)
+        write_json(record_path, record)
+
+    store.run(f"int8 {role.value}", key, (weights_path, record_path), make)
+    record = read_json(Int8Record, record_path)
+    return Int8Network(record, cache(lambda: _rebuilt(folded(), weights_path)) if record.is_changed else folded)
+
+
+def _prepared(
+    options: Int8Options,
+    inputs: Inputs,
+    traced: Trace,
+    network: nn.Module,
+    seed: int,
+    settled: Mapping[str, Affine],
+) -> tuple[nn.Module, Int8Record]:
+    fit, held_out = range_images(inputs.calibration, seed)
+    size = batch_size_for(traced)
+    try:
+        prepared = prepare_int8(
+            network,
+            copy_network,
+            inputs.example(),
+            tensor_batches(fit, size),
+            tensor_batches(held_out, size),
+            len(held_out),
+            options,
+            _equalize,
+            settled or None,
+        )
+    except UnsupportedModelError as error:
+        method: RangeMethod = "minmax" if options.calibration_method == "auto" else options.calibration_method
+        note = f"int8 could not be simulated, so that each file has ranges of its own, by {method}: {error}"
+        return network, Int8Record(method, False, None, (), (), note)
+    record = Int8Record(prepared.method, prepared.is_changed, prepared.sqnr_db, prepared.steps, prepared.places)
+    return prepared.network, record
+
+
+def _equalize(network: nn.Module, example: Tensor, batches: Callable[[], Iterable[Tensor]]) -> str:
+    layers = equalize_channels(network, example, batches)
+    scaled = [layer for layer in layers if layer.scaled]
+    if not scaled:
+        return ""
+    linear = sum(layer.is_linear for layer in scaled)
+    kept = sum(layer.kept is not None for layer in layers)
+    return (
+        f"{plural(sum(layer.scaled for layer in scaled), 'channel')} of {plural(len(scaled), 'layer')} rescaled, "
+        f"{linear} without an activation behind; {plural(kept, 'layer')} kept as they are"
+    )
+
+
+def _rebuilt(folded: nn.Module, weights: Path) -> nn.Module:
+    network = copy_network(folded)
+    network.load_state_dict(read_weights(weights))
+    return network.eval()
