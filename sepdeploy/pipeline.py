@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -280,9 +281,9 @@ def _finish(
     progress: Progress,
 ) -> Report:
     """Export, measure and report the bundle's network."""
-    originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
-    weights = _weights_sha256(store)
-    converted = deploy(store, options, inputs, traced, last.network, Role.CONVERTED, weights, progress, plan)
+    files = partial(deploy, store, options, inputs, traced, is_final=True)
+    originals = files(inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
+    converted = files(last.network, Role.CONVERTED, _weights_sha256(store), progress, plan)
     qualities = Qualities(
         original=evaluator.original_quality(),
         transferred=guard.quality,

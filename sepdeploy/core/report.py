@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
+from sepdeploy.core.int8 import Int8Proof
 from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Plan
@@ -104,6 +105,7 @@ class ArtifactResult:
         latency: Its latency, measured interleaved with the other files of the same runtime.
         max_abs_error: Largest |output - output of the PyTorch network it was exported from| on real images.
         float_ops: For int8 files: operators that still compute in floating point, with their count ('Softmax x1').
+        int8: For int8 files: the share of multiply-accumulates in int8, and what each layer loses.
     """
 
     artifact: Artifact
@@ -111,6 +113,7 @@ class ArtifactResult:
     latency: Latency | None
     max_abs_error: float | None
     float_ops: tuple[str, ...] = ()
+    int8: Int8Proof | None = None
 
 
 @dataclass(frozen=True, slots=True)

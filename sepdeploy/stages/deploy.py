@@ -34,6 +34,7 @@ from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import Evaluator, run_network
 from sepdeploy.planning.target import find_target
 from sepdeploy.quantize.saturation import saturates_u8s8
+from sepdeploy.stages.int8_proof import prove_int8
 from sepdeploy.stages.load import Inputs
 from sepdeploy.version import __version__
 
@@ -116,12 +117,14 @@ def deploy(
     weights_sha256: str,
     progress: Progress,
     plan: Plan | None = None,
+    *,
+    is_final: bool = False,
 ) -> list[ArtifactResult]:
     """Export and quantize one network to every format; the files' qualities and latencies are still open.
 
     The chains of a converted network are lowered for each file (`wanted_lowerings`), in the target's file as `plan` has
     chosen for each. An int8 file is quantized from the float32 file where both want the same form, else from a float32
-    file of its own, `work/int8_source.*`.
+    file of its own, `work/int8_source.*`. Where `is_final`, what is reported of int8 files is looked up too.
 
     Raises:
         UsageError: if `options` name a lowering that does not exist.
@@ -149,10 +152,11 @@ def deploy(
             source = store.work / f"int8_source.{file_format.value}"
             maker.export(file_format, source, int8_lowering)
         maker.quantize(file_format, source, int8_path, int8_lowering)
-        results += [
-            maker.result(file_format, Precision.FLOAT32, float_path),
-            maker.result(file_format, Precision.INT8, int8_path),
-        ]
+        int8 = maker.result(file_format, Precision.INT8, int8_path)
+        if is_final:
+            proof = prove_int8(store, int8.artifact, source, inputs, _RANGE_IMAGES, versions(), progress)
+            int8 = replace(int8, int8=proof)
+        results += [maker.result(file_format, Precision.FLOAT32, float_path), int8]
     return results
 
 
