@@ -11,6 +11,7 @@ from sepdeploy.core.artifact import Format
 from sepdeploy.core.quiet import quiet, silenced_native_stderr
 from sepdeploy.errors import SepdeployError, ToolError, UsageError
 from sepdeploy.quantize.calibration_images import checked_images
+from sepdeploy.quantize.drop_activations import drop_redundant_activations
 from sepdeploy.quantize.inspect_int8 import require_int8_convs
 
 __all__ = ["quantize_tflite"]
@@ -20,8 +21,8 @@ def quantize_tflite(source: Path, destination: Path, images: Iterable[np.ndarray
     """Write the int8 version of the float32 TFLite file `source` to `destination`.
 
     Weights are int8, symmetric, one scale per output channel; activations are int8, asymmetric, one scale per tensor,
-    over the full range that they take on `images`. The input and the outputs become int8. The same images give the
-    same bytes; memory does not grow with their number.
+    over the full range that they take on `images`. The input and the outputs become int8. Activations that saturation
+    implies are dropped. The same images give the same bytes; memory does not grow with their number.
 
     Args:
         source: Float32 TFLite file with one input and static shapes.
@@ -71,7 +72,7 @@ def _quantized(source: Path, images: Iterable[np.ndarray]) -> bytes:
         result = quantizer.Quantizer(str(source), static_int8).quantize(
             ranges.get_model_qsvs(), enable_progress_report=False
         )
-    return bytes(result.quantized_model)
+    return drop_redundant_activations(bytes(result.quantized_model))[0]
 
 
 def _single_input(source: Path) -> tuple[str, str, tuple[int, ...]]:
