@@ -23,7 +23,7 @@ from sepdeploy.core.options import TARGETS, ConvertOptions, MovedInputs
 from sepdeploy.core.pareto import FrontPoint
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
-from sepdeploy.core.report import ArtifactResult, Report
+from sepdeploy.core.report import ArtifactResult, Drops, Report
 from sepdeploy.core.selection import Selection
 from sepdeploy.core.stage_store import StageStore, locked, require_usable
 from sepdeploy.core.training import TrainOptions
@@ -43,6 +43,7 @@ from sepdeploy.stages.deploy import (
     versions,
 )
 from sepdeploy.stages.design import check_design_folder, write_design
+from sepdeploy.stages.fault import is_beyond_transfer
 from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard, trace
 from sepdeploy.stages.inspect_model import inspect_model
 from sepdeploy.stages.launch import Processes, joined_processes, launched_processes
@@ -134,9 +135,9 @@ def _convert(
             break
         following = None
         if plan.replaced:
-            drop = _file_drop(store, options, inputs, traced, plan, last.network, evaluator, progress)
-            if drop > promise:
-                following = next_attempt(attempt, promise, guard.quality.drop_points, drop)
+            drops = _drops(store, options, inputs, traced, plan, last.network, originals, evaluator, progress)
+            if drops.file > promise and not is_beyond_transfer(promise, drops):
+                following = next_attempt(attempt, promise, guard.quality.drop_points, drops.file)
         elif attempt.is_recovering and guard.limit_points is not None and guard.limit_points < promise:
             following = without_recovery(promise)  # tightened until nothing was left
         if following is None:
@@ -333,25 +334,29 @@ def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -
     }
 
 
-def _file_drop(
+def _drops(
     store: StageStore,
     options: ConvertOptions,
     inputs: Inputs,
     traced: Trace,
     plan: Plan,
     network: nn.Module,
+    originals: Sequence[ArtifactResult],
     evaluator: Evaluator,
     progress: Progress,
-) -> float:
-    """Points that the target's file loses, which is exported and measured for that."""
+) -> Drops:
+    """Points that the target's file loses, which is exported and measured for that, and where they go."""
     only_target = replace(options, formats=(TARGETS[options.target],))
     weights = _weights_sha256(store)
     results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, weights, progress, plan)
-    target = target_result(results, options, Role.CONVERTED)
-    quality = measure_quality(store, target, inputs, evaluator, options, progress).quality
-    if quality is None:
-        raise ContractError("the target's file was not measured")
-    return quality.drop_points
+    points = []
+    for role in (Role.CONVERTED, Role.ORIGINAL):
+        target = target_result((*results, *originals), options, role)
+        quality = measure_quality(store, target, inputs, evaluator, options, progress).quality
+        if quality is None:
+            raise ContractError("the target's file was not measured")
+        points.append(quality.drop_points)
+    return Drops(points[0], measure_network(store, network, inputs, evaluator, progress).drop_points, points[1])
 
 
 def _weights_sha256(store: StageStore) -> str:

@@ -127,7 +127,10 @@ def test_an_int8_file_that_breaks_the_limit_is_blamed_for_it(workplace):
     assert accuracy.name == "accuracy"
     assert not accuracy.is_met
     assert "the limit is 30" in accuracy.sentence
-    assert "so the int8 file costs the rest: raise --max-drop, or use --precision float32" in accuracy.sentence
+    (fault,) = accuracy.faults
+    assert fault.stage == "quantization"
+    assert "--precision float32" in fault.advice
+    assert f"quantization (the int8 file against its float network) loses {fault.points:.2f}" in accuracy.sentence
     target = report.result(Format.ONNX, Precision.INT8, Role.CONVERTED)
     assert target.quality.drop_points > 30
     # The guard was told to leave room for the quantization before the report gave up.
