@@ -295,7 +295,7 @@ def _finish(
     progress.stage("writing the report")
     report = make_report(options, inputs, traced, plan, last.network, guard, last.steps, qualities, results)
     _discard_results(store.folder)
-    _discard_other_formats(store.folder, options.formats)
+    _discard_other_files(store.folder, options)
     write_bundle(options, inputs, report, record)
     return report
 
@@ -531,10 +531,10 @@ def _discard_results(folder: Path, *more: str) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _discard_other_formats(folder: Path, formats: tuple[Format, ...]) -> None:
-    """Remove files of formats that an earlier run made and this one does not."""
+def _discard_other_files(folder: Path, options: ConvertOptions) -> None:
+    """Remove files of formats and precisions that an earlier run made and this one does not."""
     for file_format in Format:
-        if file_format not in formats:
-            for role in Role:
-                for precision in Precision:
+        for precision in Precision:
+            if file_format not in options.formats or precision not in options.precisions:
+                for role in Role:
                     artifact_path(folder, file_format, precision, role).unlink(missing_ok=True)

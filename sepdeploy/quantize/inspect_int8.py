@@ -80,7 +80,7 @@ def require_int8_convs(path: Path, format: Format) -> None:
     if convs and not any(convs):
         raise ToolError(
             f"the quantizer left all {len(convs)} convolutions in floating point: its output is no int8 network; "
-            "leave int8 out with --precision float32"
+            "leave int8 out with --precisions float32"
         )
 
 

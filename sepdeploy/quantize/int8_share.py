@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sepdeploy.core.int8 import FloatLayer, FloatReason, Int8Proof
-from sepdeploy.core.quiet import first_line
 from sepdeploy.errors import UsageError
 from sepdeploy.quantize.inspect_int8 import OnnxView
 from sepdeploy.quantize.layer_names import onnx_layer_name, tflite_layer_name
+from sepdeploy.quantize.running_graph import running_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -73,7 +72,7 @@ def int8_share_of_onnx(path: Path) -> Int8Proof:
     """
     import onnx
 
-    running = _running_operators(path)
+    running = {node.name: node.op_type for node in running_graph(path).node}
     graph = onnx.shape_inference.infer_shapes(onnx.load(str(path))).graph
     view = OnnxView(graph)
     weights = weights_of_onnx(graph)
@@ -98,25 +97,6 @@ def weights_of_onnx(graph: onnx.GraphProto) -> dict[str, str]:
         for node in graph.node
         if node.op_type in ONNX_LAYERS
     }
-
-
-def _running_operators(path: Path) -> dict[str, str]:
-    """Name of each node that onnxruntime runs -> its operator."""
-    import onnx
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.optimized_model_filepath = str(optimized)
-        # The level above only changes layouts, and writes a graph that other programs cannot read.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        try:
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its exceptions share no base class
-            raise UsageError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
-        return {node.name: node.op_type for node in onnx.load(str(optimized)).graph.node}
 
 
 def _onnx_shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:

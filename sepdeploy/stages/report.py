@@ -23,6 +23,7 @@ from sepdeploy.core.report import ArtifactResult, Check, Drops, NetworkCost, Rep
 from sepdeploy.core.training import RecoveryStep
 from sepdeploy.errors import ContractError
 from sepdeploy.passes.lower_chains import try_lowerings
+from sepdeploy.quantize.float16 import computes_in_float16
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.render.format_numbers import plural
 from sepdeploy.render.html import render_html
@@ -390,6 +391,13 @@ def _file_notes(options: ConvertOptions, results: Sequence[ArtifactResult]) -> t
         for r in results
         if r.artifact.precision is Precision.INT8 and r.artifact.role is Role.CONVERTED and r.float_ops
     )
+    halves = [r.artifact for r in converted if r.artifact.precision is Precision.FLOAT16]
+    in_float32 = [half for half in halves if not computes_in_float16(options.output_folder / half.path, half.format)]
+    if in_float32:
+        notes += (
+            f"{', '.join(half.path for half in in_float32)}: the weights are float16, but this machine computes with "
+            "them in float32: smaller, not faster",
+        )
     if saturates_u8s8() and any(r.artifact.format is Format.ONNX for r in results):
         notes += (
             "this processor saturates in uint8 x int8 products, so the weights of the int8 ONNX files keep to 7 bits",
