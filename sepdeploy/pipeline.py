@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from sepdeploy.core.options import TARGETS, ConvertOptions, MovedInputs
 from sepdeploy.core.pareto import FrontPoint
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
-from sepdeploy.core.report import ArtifactResult, Report
+from sepdeploy.core.report import ArtifactResult, Drops, Report
 from sepdeploy.core.selection import Selection
 from sepdeploy.core.stage_store import StageStore, locked, require_usable
 from sepdeploy.core.training import TrainOptions
@@ -42,6 +43,7 @@ from sepdeploy.stages.deploy import (
     versions,
 )
 from sepdeploy.stages.design import check_design_folder, write_design
+from sepdeploy.stages.fault import is_beyond_transfer
 from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard, trace
 from sepdeploy.stages.inspect_model import inspect_model
 from sepdeploy.stages.launch import Processes, joined_processes, launched_processes
@@ -133,9 +135,9 @@ def _convert(
             break
         following = None
         if plan.replaced:
-            drop = _file_drop(store, options, inputs, traced, plan, last.network, evaluator, progress)
-            if drop > promise:
-                following = next_attempt(attempt, promise, guard.quality.drop_points, drop)
+            drops = _drops(store, options, inputs, traced, plan, last.network, originals, evaluator, progress)
+            if drops.file > promise and not is_beyond_transfer(promise, drops):
+                following = next_attempt(attempt, promise, guard.quality.drop_points, drops.file)
         elif attempt.is_recovering and guard.limit_points is not None and guard.limit_points < promise:
             following = without_recovery(promise)  # tightened until nothing was left
         if following is None:
@@ -280,9 +282,9 @@ def _finish(
     progress: Progress,
 ) -> Report:
     """Export, measure and report the bundle's network."""
-    originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
-    weights = _weights_sha256(store)
-    converted = deploy(store, options, inputs, traced, last.network, Role.CONVERTED, weights, progress, plan)
+    files = partial(deploy, store, options, inputs, traced, is_final=True)
+    originals = files(inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
+    converted = files(last.network, Role.CONVERTED, _weights_sha256(store), progress, plan)
     qualities = Qualities(
         original=evaluator.original_quality(),
         transferred=guard.quality,
@@ -293,7 +295,7 @@ def _finish(
     progress.stage("writing the report")
     report = make_report(options, inputs, traced, plan, last.network, guard, last.steps, qualities, results)
     _discard_results(store.folder)
-    _discard_other_formats(store.folder, options.formats)
+    _discard_other_files(store.folder, options)
     write_bundle(options, inputs, report, record)
     return report
 
@@ -333,25 +335,29 @@ def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -
     }
 
 
-def _file_drop(
+def _drops(
     store: StageStore,
     options: ConvertOptions,
     inputs: Inputs,
     traced: Trace,
     plan: Plan,
     network: nn.Module,
+    originals: Sequence[ArtifactResult],
     evaluator: Evaluator,
     progress: Progress,
-) -> float:
-    """Points that the target's file loses, which is exported and measured for that."""
+) -> Drops:
+    """Points that the target's file loses, which is exported and measured for that, and where they go."""
     only_target = replace(options, formats=(TARGETS[options.target],))
     weights = _weights_sha256(store)
     results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, weights, progress, plan)
-    target = target_result(results, options, Role.CONVERTED)
-    quality = measure_quality(store, target, inputs, evaluator, options, progress).quality
-    if quality is None:
-        raise ContractError("the target's file was not measured")
-    return quality.drop_points
+    points = []
+    for role in (Role.CONVERTED, Role.ORIGINAL):
+        target = target_result((*results, *originals), options, role)
+        quality = measure_quality(store, target, inputs, evaluator, options, progress).quality
+        if quality is None:
+            raise ContractError("the target's file was not measured")
+        points.append(quality.drop_points)
+    return Drops(points[0], measure_network(store, network, inputs, evaluator, progress).drop_points, points[1])
 
 
 def _weights_sha256(store: StageStore) -> str:
@@ -526,10 +532,10 @@ def _discard_results(folder: Path, *more: str) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _discard_other_formats(folder: Path, formats: tuple[Format, ...]) -> None:
-    """Remove files of formats that an earlier run made and this one does not."""
+def _discard_other_files(folder: Path, options: ConvertOptions) -> None:
+    """Remove files of formats and precisions that an earlier run made and this one does not."""
     for file_format in Format:
-        if file_format not in formats:
-            for role in Role:
-                for precision in Precision:
+        for precision in Precision:
+            if file_format not in options.formats or precision not in options.precisions:
+                for role in Role:
                     artifact_path(folder, file_format, precision, role).unlink(missing_ok=True)

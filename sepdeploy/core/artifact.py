@@ -19,9 +19,10 @@ class Format(Enum):
 
 
 class Precision(Enum):
-    """Arithmetic of the convolutions in the file."""
+    """Numbers that the convolutions in the file are made of; the value is the name on the command line."""
 
     FLOAT32 = "float32"
+    FLOAT16 = "float16"
     INT8 = "int8"
 
 
@@ -39,7 +40,7 @@ class Artifact:
     Attributes:
         path: Where it lies; relative to the bundle once it is part of one.
         format: ONNX or TFLite.
-        precision: float32 or int8.
+        precision: float32, float16 or int8.
         role: The original network or the converted one.
         is_channels_last: Whether 4-D inputs and outputs were turned from NCHW to NHWC on export.
         size_bytes: Size of the file.

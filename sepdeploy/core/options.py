@@ -131,6 +131,7 @@ class ConvertOptions:
         target: Runtime that the promises are about.
         precision: Precision that the promises are about.
         formats: Files to make.
+        precisions: In which precisions: float32 and what is made from it.
         lowering: How separable forms are written down in the files: lowerings in the order of their application, none
             if empty; None takes those that suit each file.
         int8: How the int8 files are quantized.
@@ -166,6 +167,7 @@ class ConvertOptions:
     target: str = "ort"
     precision: Precision = Precision.FLOAT32
     formats: tuple[Format, ...] = (Format.ONNX, Format.TFLITE)
+    precisions: tuple[Precision, ...] = (Precision.FLOAT32, Precision.INT8)
     lowering: tuple[str, ...] | None = None
     int8: Int8Options = field(default_factory=Int8Options)
     transfer: str = "anchored"
@@ -189,6 +191,12 @@ class ConvertOptions:
             raise UsageError(
                 f"--target {self.target} runs {TARGETS[self.target].value} files, which --formats leaves out; add it"
             )
+        if Precision.FLOAT32 not in self.precisions:
+            raise UsageError("--precisions must have float32: all other files are made from that one")
+        if self.precision is Precision.FLOAT16:
+            raise UsageError("--precision is float32 or int8: float16 files compute in float32 on most processors")
+        if self.precision not in self.precisions:
+            raise UsageError(f"--precision {self.precision.value} is left out of --precisions; add it")
         if self.lowering is not None and len(set(self.lowering)) < len(self.lowering):
             raise UsageError(f"--lowering names one twice: {','.join(self.lowering)}")
         if self.transfer not in ("anchored", "data-free"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
-from sepdeploy.core.int8 import Int8Step
+from sepdeploy.core.int8 import Int8Proof, Int8Step
 from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Plan
@@ -15,6 +16,8 @@ __all__ = [
     "ArtifactResult",
     "Check",
     "DataSummary",
+    "Drops",
+    "Fault",
     "GuardStep",
     "LayerTransfer",
     "NetworkCost",
@@ -107,6 +110,7 @@ class ArtifactResult:
         float_ops: For int8 files: operators that still compute in floating point, with their count ('Softmax x1').
         int8_steps: For int8 files: what was tried before quantizing.
         int8_note: For int8 files: why nothing could be tried.
+        int8: For int8 files: the share of multiply-accumulates in int8, and what each layer loses.
     """
 
     artifact: Artifact
@@ -116,6 +120,42 @@ class ArtifactResult:
     float_ops: tuple[str, ...] = ()
     int8_steps: tuple[Int8Step, ...] = ()
     int8_note: str = ""
+    int8: Int8Proof | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drops:
+    """Points lost on the same validation images, against the original PyTorch network.
+
+    Attributes:
+        file: By the target's file of the converted network.
+        network: By the converted PyTorch network.
+        original_file: By the target's file of the original network; None where it was not measured.
+    """
+
+    file: float
+    network: float
+    original_file: float | None
+
+    @property
+    def quantization(self) -> float:
+        """What comes on top from the network to its file."""
+        return self.file - self.network
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A stage without which a promise would have held.
+
+    Attributes:
+        stage: 'transfer', with all that wins accuracy back after it, or 'quantization'.
+        points: What it lost, in the points of --max-drop.
+        advice: What would help, as options of the command line.
+    """
+
+    stage: Literal["transfer", "quantization"]
+    points: float
+    advice: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +166,13 @@ class Check:
         name: 'accuracy', 'speed', 'latency', 'size' or 'memory'.
         is_met: Whether it holds.
         sentence: What was measured against what limit, for the user.
+        faults: For a broken promise of accuracy: the stages at fault, the costlier first.
     """
 
     name: str
     is_met: bool
     sentence: str
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from sepdeploy.errors import ToolError, UsageError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["float_ops_of_onnx", "float_ops_of_tflite", "require_int8_convs"]
+__all__ = ["OnnxView", "float_ops_of_onnx", "float_ops_of_tflite", "require_int8_convs"]
 
 _CONVS = {
     Format.ONNX: frozenset({"Conv", "ConvTranspose"}),
@@ -80,7 +80,7 @@ def require_int8_convs(path: Path, format: Format) -> None:
     if convs and not any(convs):
         raise ToolError(
             f"the quantizer left all {len(convs)} convolutions in floating point: its output is no int8 network; "
-            "leave int8 out with --precision float32"
+            "leave int8 out with --precisions float32"
         )
 
 
@@ -100,7 +100,7 @@ def _onnx_ops(path: Path) -> list[tuple[str, bool]]:
         raise UsageError(f"{path} is not a valid ONNX file") from error
     if not graph.node:
         raise UsageError(f"{path} is not a valid ONNX file: it holds no operator")
-    view = _OnnxView(graph)
+    view = OnnxView(graph)
     return [
         (node.op_type, view.is_int8(node))
         for node in graph.node
@@ -108,7 +108,7 @@ def _onnx_ops(path: Path) -> list[tuple[str, bool]]:
     ]
 
 
-class _OnnxView:
+class OnnxView:
     """Who makes and who reads each tensor of a graph."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
@@ -139,20 +139,22 @@ class _OnnxView:
         if node.op_type not in _ONNX_INT8_KERNELS:
             return False
         inputs = node.input[:1] if node.op_type in _ONNX_ONE_DATA_INPUT else node.input
-        has_int8_inputs = all(self._is_dequantized(name) for name in inputs if name in self._floats)
-        return has_int8_inputs and all(self._is_quantized(name) for name in node.output if name in self._floats)
+        has_int8_inputs = all(self.is_dequantized(name) for name in inputs if name in self._floats)
+        return has_int8_inputs and all(self.is_quantized(name) for name in node.output if name in self._floats)
 
     def _is_fused_activation(self, node: onnx.NodeProto) -> bool:
         maker = self._makers.get(node.input[0])
         return maker is not None and maker.op_type not in _ONNX_BOUNDARY | _ONNX_ACTIVATIONS and self.is_int8(maker)
 
-    def _is_dequantized(self, name: str) -> bool:
+    def is_dequantized(self, name: str) -> bool:
+        """Whether a tensor is an 8-bit one, or a bias of 32 bits, read through a DequantizeLinear."""
         maker = self._makers.get(name)
         if maker is None or maker.op_type != "DequantizeLinear":
             return False
         return maker.input[0] in self._int8 or maker.input[0] in self._int32  # biases are int32
 
-    def _is_quantized(self, name: str) -> bool:
+    def is_quantized(self, name: str) -> bool:
+        """Whether all that read a tensor, behind its activation, read it in 8 bits."""
         readers = self._readers.get(name, [])
         if name in self._outputs or not readers:
             return False

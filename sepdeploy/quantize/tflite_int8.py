@@ -13,6 +13,7 @@ from sepdeploy.core.int8 import IoType, PlaceRange, RangeMethod
 from sepdeploy.core.quiet import quiet, silenced_native_stderr
 from sepdeploy.errors import SepdeployError, ToolError, UsageError
 from sepdeploy.quantize.calibration_images import checked_images
+from sepdeploy.quantize.drop_activations import drop_redundant_activations
 from sepdeploy.quantize.file_ranges import ranges_of_file
 from sepdeploy.quantize.inspect_int8 import require_int8_convs
 from sepdeploy.quantize.tflite_io import with_io_type
@@ -37,7 +38,8 @@ def quantize_tflite(
     """Write the int8 version of the float32 TFLite file `source` to `destination`.
 
     Weights are int8, symmetric, one scale per output channel; activations are int8, asymmetric, one scale per tensor.
-    The same images give the same bytes; memory does not grow with their number.
+    Activations that saturation implies are dropped. The same images give the same bytes; memory does not grow with
+    their number.
 
     Args:
         source: Float32 TFLite file with one input and static shapes.
@@ -88,7 +90,8 @@ def _quantized(
     with quiet():
         static_int8 = recipe.static_wi8_ai8()
         result = quantizer.Quantizer(str(source), static_int8).quantize(ranges, enable_progress_report=False)
-    return with_io_type(bytes(result.quantized_model), "int8" if io == "auto" else io)
+    data = drop_redundant_activations(bytes(result.quantized_model))[0]
+    return with_io_type(data, "int8" if io == "auto" else io)
 
 
 def _as_float32(value: float) -> np.ndarray:

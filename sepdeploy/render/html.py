@@ -20,6 +20,7 @@ from sepdeploy.render.format_numbers import (
     three_digits,
     times_text,
 )
+from sepdeploy.render.int8 import float_layer_text, int8_caption, int8_results, share_text, sqnr_text
 from sepdeploy.render.summary import (
     common_method,
     cost_after,
@@ -95,6 +96,8 @@ def render_html(report: Report) -> str:
         target=target_label(report),
         summary=summarize(report),
         files=_file_rows(report),
+        int8_results=int8_results(report),
+        int8_caption=int8_caption(report),
         layers=_layer_rows(report),
         plan_sentence=plan_sentence(report.plan),
         recovery_sentence=recovery_sentence(report) if report.recovery else "",
@@ -162,10 +165,13 @@ def _environment() -> Environment:
     environment.filters.update(
         count=count_text,
         error=error_text,
+        float_layer=float_layer_text,
         percent=percent_text,
         plural=plural,
         quality_ratio=quality_ratio,
+        share=share_text,
         size=size_text,
+        sqnr=sqnr_text,
         three_digits=three_digits,
         times=times_text,
     )

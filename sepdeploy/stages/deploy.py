@@ -37,6 +37,7 @@ from sepdeploy.planning.evaluate import Evaluator, run_network
 from sepdeploy.planning.target import find_target
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.stages.int8 import Int8Network, prepare_network, range_images
+from sepdeploy.stages.int8_proof import prove_int8
 from sepdeploy.stages.load import Inputs
 from sepdeploy.version import __version__
 
@@ -80,7 +81,8 @@ def versions() -> dict[str, str]:
 
 def artifact_path(folder: Path, file_format: Format, precision: Precision, role: Role) -> Path:
     """Where a file of the bundle lies: 'model.int8.onnx', 'original/model.tflite'."""
-    name = f"model{'.int8' if precision is Precision.INT8 else ''}.{file_format.value}"
+    infix = "" if precision is Precision.FLOAT32 else f".{precision.value}"
+    name = f"model{infix}.{file_format.value}"
     return folder / name if role is Role.CONVERTED else folder / "original" / name
 
 
@@ -117,13 +119,16 @@ def deploy(
     progress: Progress,
     plan: Plan | None = None,
     settled: tuple[PlaceRange, ...] = (),
+    *,
+    is_final: bool = False,
 ) -> list[ArtifactResult]:
     """Export and quantize one network to every format; the files' qualities and latencies are still open.
 
     The chains of a converted network are lowered for each file (`wanted_lowerings`), in the target's file as `plan` has
     chosen for each. Before, the network is prepared for int8 (`stages/int8.py`), once for all formats. An int8 file is
     quantized from the float32 file where both want the same form and the same weights, else from a float32 file of its
-    own, `work/int8_source.*`. `settled` are the ranges that the network was trained with.
+    own, `work/int8_source.*`. `settled` are the ranges that the network was trained with. Where
+    `is_final`, float16 files are made too, and what is reported of int8 files is looked up.
 
     Raises:
         UsageError: if `options` name a lowering that does not exist.
@@ -132,35 +137,44 @@ def deploy(
     """
     batch = _first_images(inputs)
     folded = cache(lambda: fold_network(network, traced, batch))  # only where there is something to export
-    lowerings = {
-        (file_format, precision): lowerings_that_apply(
-            network,
-            wanted_lowerings(options, file_format, precision),
-            _chosen_lowerings(options, file_format, precision, plan),
-        )
-        for file_format in options.formats
-        for precision in Precision
-    }
+    for file_format in options.formats:  # a lowering that does not exist is refused before anything takes long
+        _lowering(options, file_format, Precision.FLOAT32, network, plan)
     prepared = prepare_network(
         store, options.int8, inputs, traced, folded, role, weights_sha256, options.seed, progress, settled
     )
     maker = _FileMaker(store, options, inputs, network, folded, prepared, batch, role, weights_sha256, progress)
     results = []
     for file_format in options.formats:
-        float_path = artifact_path(store.folder, file_format, Precision.FLOAT32, role)
-        int8_path = artifact_path(store.folder, file_format, Precision.INT8, role)
-        lowering, int8_lowering = (lowerings[file_format, each] for each in (Precision.FLOAT32, Precision.INT8))
+        paths = {precision: artifact_path(store.folder, file_format, precision, role) for precision in Precision}
+        float_path = paths[Precision.FLOAT32]
+        lowering = _lowering(options, file_format, Precision.FLOAT32, network, plan)
         maker.export(file_format, float_path, lowering)
+        results.append(maker.result(file_format, Precision.FLOAT32, float_path))
+        if Precision.FLOAT16 in options.precisions and is_final:
+            maker.halve(file_format, float_path, paths[Precision.FLOAT16])
+            results.append(maker.result(file_format, Precision.FLOAT16, paths[Precision.FLOAT16]))
+        if Precision.INT8 not in options.precisions:
+            continue
+        int8_lowering = _lowering(options, file_format, Precision.INT8, network, plan)
         source = float_path
         if int8_lowering != lowering or prepared.record.is_changed:
             source = store.work / f"int8_source.{role.value}.{file_format.value}"
             maker.export(file_format, source, int8_lowering)
-        maker.quantize(file_format, source, int8_path, int8_lowering)
-        results += [
-            maker.result(file_format, Precision.FLOAT32, float_path),
-            maker.result(file_format, Precision.INT8, int8_path),
-        ]
+        maker.quantize(file_format, source, paths[Precision.INT8], int8_lowering)
+        int8 = maker.result(file_format, Precision.INT8, paths[Precision.INT8])
+        if is_final:
+            proof = prove_int8(store, int8.artifact, source, inputs, options.seed, versions(), progress)
+            int8 = replace(int8, int8=proof)
+        results.append(int8)
     return results
+
+
+def _lowering(
+    options: ConvertOptions, file_format: Format, precision: Precision, network: nn.Module, plan: Plan | None
+) -> dict[str, tuple[str, ...]]:
+    """Layer -> how it is written down in one kind of file."""
+    wanted = wanted_lowerings(options, file_format, precision)
+    return lowerings_that_apply(network, wanted, _chosen_lowerings(options, file_format, precision, plan))
 
 
 def wanted_lowerings(options: ConvertOptions, file_format: Format, precision: Precision) -> tuple[str, ...]:
@@ -249,6 +263,20 @@ class _FileMaker:
 
         name = f"export {self.role.value} {file_format.value}{' for int8' if is_source else ''}"
         self.store.run(name, key, (path,), make)
+
+    def halve(self, file_format: Format, source: Path, path: Path) -> None:
+        """Write the float16 file that the float32 file `source` becomes."""
+        key = {"source": sha256_of_file(source), "version": __version__, "versions": versions()}
+
+        def make() -> None:
+            from sepdeploy.quantize.float16 import convert_to_float16
+
+            self.progress.stage(f"converting the {self.role.value} {file_format.value} file to float16")
+            with replacing(path) as temporary:
+                convert_to_float16(source, temporary, file_format)
+                self.store.before_change()
+
+        self.store.run(f"float16 {self.role.value} {file_format.value}", key, (path,), make)
 
     def quantize(self, file_format: Format, source: Path, path: Path, lowering: Mapping[str, tuple[str, ...]]) -> None:
         """Write the int8 file that the float32 file `source` becomes."""
@@ -383,7 +411,7 @@ def measure_latency(results: list[ArtifactResult], options: ConvertOptions, prog
     """Time every file, each converted one interleaved with the original of its format and precision."""
     timed = []
     for file_format in options.formats:
-        for precision in Precision:
+        for precision in options.precisions:
             pair = [r for r in results if (r.artifact.format, r.artifact.precision) == (file_format, precision)]
             progress.stage(f"timing {file_format.value} {precision.value}, {options.threads} threads")
             pair.sort(key=lambda r: r.artifact.role is not Role.ORIGINAL)  # the first is the reference

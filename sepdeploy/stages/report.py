@@ -19,14 +19,16 @@ from sepdeploy.core.memory import BYTES_PER_VALUE, MemoryProfile
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.receptive_field import receptive_field
-from sepdeploy.core.report import ArtifactResult, Check, NetworkCost, Report
+from sepdeploy.core.report import ArtifactResult, Check, Drops, NetworkCost, Report
 from sepdeploy.core.training import RecoveryStep
 from sepdeploy.errors import ContractError
 from sepdeploy.passes.lower_chains import try_lowerings
+from sepdeploy.quantize.float16 import computes_in_float16
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.render.format_numbers import plural
 from sepdeploy.render.html import render_html
 from sepdeploy.stages.deploy import versions
+from sepdeploy.stages.fault import find_faults
 from sepdeploy.stages.guard import GuardRecord
 from sepdeploy.stages.load import Inputs, summarize_images
 from sepdeploy.stages.reopen import RECORD
@@ -35,6 +37,11 @@ from sepdeploy.version import __version__
 __all__ = ["Qualities", "make_report", "target_result", "write_bundle"]
 
 _CHANCE_FACTOR = 2.0
+
+_FAULTS = {
+    "transfer": "the transfer (the float network against the original)",
+    "quantization": "quantization (the int8 file against its float network)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +115,15 @@ def make_report(
         transferred_quality=qualities.transferred,
         converted_quality=qualities.converted,
         artifacts=in_bundle,
-        checks=_checks(options, plan, in_bundle, qualities.converted, network, memory_after),
+        checks=_checks(
+            options,
+            plan,
+            in_bundle,
+            qualities.converted,
+            network,
+            memory_after,
+            len(inputs.calibration),
+        ),
         notes=(
             *inputs.notes,
             *_quality_notes(inputs, traced, qualities.original),
@@ -159,21 +174,12 @@ def _checks(
     quality_of_network: Quality,
     network: nn.Module,
     memory: MemoryProfile,
+    images: int,
 ) -> tuple[Check, ...]:
     converted = target_result(results, options, Role.CONVERTED)
     checks = []
-    limit, quality = options.max_drop_points, converted.quality
-    if limit is not None and quality is not None:
-        sentence = (
-            f"{quality.drop_points:.2f} points of {quality.drop_basis} lost by the {options.target} "
-            f"{options.precision.value} file on {quality.images} images, the limit is {limit:g}"
-        )
-        if quality.drop_points > limit and quality_of_network.drop_points <= limit:
-            sentence += (
-                f"; the float network loses {quality_of_network.drop_points:.2f}, so the {options.precision.value} "
-                "file costs the rest: raise --max-drop, or use --precision float32"
-            )
-        checks.append(Check("accuracy", quality.drop_points <= limit, sentence))
+    if options.max_drop_points is not None and converted.quality is not None:
+        checks.append(_accuracy_check(options, results, converted.quality, quality_of_network, images))
     limits = tuple(_limit_checks(options, converted, network, memory)) if options.selects else ()
     if plan.replaced:
         # Where something else than speed was asked for, a slower file is worth a note (`_file_notes`), but no failure.
@@ -183,6 +189,35 @@ def _checks(
     if plan.scheme != "dense" and promises_speed:
         checks.append(_speed_check(options, plan, converted))
     return (*checks, *limits)
+
+
+def _accuracy_check(
+    options: ConvertOptions,
+    results: Sequence[ArtifactResult],
+    quality: Quality,
+    quality_of_network: Quality,
+    images: int,
+) -> Check:
+    """Whether the target's file loses no more than --max-drop, and which stage is at fault if it does."""
+    limit = options.max_drop_points
+    if limit is None:
+        raise ContractError("there is no limit to check")
+    original = target_result(results, options, Role.ORIGINAL).quality
+    drops = Drops(
+        quality.drop_points, quality_of_network.drop_points, None if original is None else original.drop_points
+    )
+    sentence = (
+        f"{drops.file:.2f} points of {quality.drop_basis} lost by the {options.target} {options.precision.value} file "
+        f"on {quality.images} images, the limit is {limit:g}"
+    )
+    faults = find_faults(options, drops, images)
+    for fault in faults:
+        sentence += f"; {_FAULTS[fault.stage]} loses {fault.points:.2f}: try {', '.join(fault.advice)}"
+    if faults:
+        sentence += ", or a higher --max-drop"
+    if any(fault.stage == "quantization" for fault in faults) and drops.original_file is not None:
+        sentence += f" (the original network loses {drops.original_file:.2f} in {options.precision.value})"
+    return Check("accuracy", not faults, sentence, faults)
 
 
 def _limit_checks(
@@ -375,6 +410,13 @@ def _file_notes(options: ConvertOptions, results: Sequence[ArtifactResult]) -> t
         for r in results
         if r.artifact.precision is Precision.INT8 and r.artifact.role is Role.CONVERTED and r.float_ops
     )
+    halves = [r.artifact for r in converted if r.artifact.precision is Precision.FLOAT16]
+    in_float32 = [half for half in halves if not computes_in_float16(options.output_folder / half.path, half.format)]
+    if in_float32:
+        notes += (
+            f"{', '.join(half.path for half in in_float32)}: the weights are float16, but this machine computes with "
+            "them in float32: smaller, not faster",
+        )
     if saturates_u8s8() and any(r.artifact.format is Format.ONNX for r in results):
         notes += (
             "this processor saturates in uint8 x int8 products, so the weights of the int8 ONNX files keep to 7 bits",

@@ -1,6 +1,7 @@
 """Networks of all kinds through the whole pipeline, from Python, each to ONNX."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -67,9 +68,16 @@ def test_channels_last_network(workplace):
 def test_in_place_network_on_grey_images(workplace):
     # A grey batch is contiguous in every layout, so nothing but a copy keeps such a network off the shared images.
     images = workplace.images(channels=1)
-    options = workplace.options("grey", calibration=images, validation=images)
+    precisions = (Precision.FLOAT32, Precision.FLOAT16)
+    options = workplace.options("grey", calibration=images, validation=images, precisions=precisions)
     report = sepdeploy.convert(options)
     check_file(report, options, images)
+    assert Counter(result.artifact.precision for result in report.artifacts) == dict.fromkeys(precisions, 2)
+    assert all(result.latency.median_ms > 0 and result.quality.images for result in report.artifacts)
+    size, half_size = (report.result(Format.ONNX, each, Role.CONVERTED).artifact.size_bytes for each in precisions)
+    assert half_size < size
+    assert not (options.output_folder / "model.int8.onnx").exists()
+    assert any("the weights are float16" in note for note in report.notes)
     for result in report.artifacts:
         if result.artifact.precision.value == "float32" and result.artifact.role.value == "original":
             assert result.quality.agreement_ratio == 1
@@ -128,7 +136,10 @@ def test_an_int8_file_that_breaks_the_limit_is_blamed_for_it(workplace):
     assert accuracy.name == "accuracy"
     assert not accuracy.is_met
     assert "the limit is 30" in accuracy.sentence
-    assert "so the int8 file costs the rest: raise --max-drop, or use --precision float32" in accuracy.sentence
+    (fault,) = accuracy.faults
+    assert fault.stage == "quantization"
+    assert "--precision float32" in fault.advice
+    assert f"quantization (the int8 file against its float network) loses {fault.points:.2f}" in accuracy.sentence
     target = report.result(Format.ONNX, Precision.INT8, Role.CONVERTED)
     assert target.quality.drop_points > 30
     # The guard was told to leave room for the quantization before the report gave up.

@@ -5,6 +5,7 @@ from dataclasses import replace
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.chain import Chain, ChainSum, Factor
 from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
+from sepdeploy.core.int8 import FloatLayer, FloatReason, Int8Proof, LayerSqnr
 from sepdeploy.core.measurement import Environment, Latency, Method, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
@@ -88,6 +89,28 @@ def artifact(format: Format, precision: Precision, role: Role, size_bytes: int) 
     )
 
 
+def int8_proof(role: Role) -> Int8Proof:
+    """All in int8 in the original's file; all but two layers, which do not round away, in the converted one's."""
+    floats = (
+        FloatLayer("head.up", "TRANSPOSE_CONV", 12_288, FloatReason.NO_KERNEL),
+        FloatLayer("layer3.0.conv2", "CONV_2D", 640, FloatReason.WEIGHTS_ONLY),
+    )
+    layers = (
+        LayerSqnr("conv1", "CONV_2D", None, 39.6),
+        LayerSqnr("layer1.0.conv1", "CONV_2D", 39.6, 31.24),
+        LayerSqnr("layer1.0.conv2", "CONV_2D", 31.24, 33.0),
+        LayerSqnr("layer2.0.conv1", "CONV_2D", 30.9, 28.01),
+        LayerSqnr("layer2.0.conv2", "DEPTHWISE_CONV_2D", 28.01, 22.5),
+        LayerSqnr("layer3.0.conv1", "CONV_2D", 22.9, 22.5),
+        LayerSqnr("layer3.1.conv1", "CONV_2D", 22.9, 22.89),
+        LayerSqnr("fc", "FULLY_CONNECTED", 22.5, 22.4),
+    )
+    if role is Role.ORIGINAL:
+        return Int8Proof(40_551_040, 40_551_040, (), layers[:2], 32, is_held_out=True)
+    left = sum(layer.macs for layer in floats)
+    return Int8Proof(141_212_096, 141_212_096 - left, floats, layers, 32, is_held_out=True)
+
+
 def results() -> tuple[ArtifactResult, ...]:
     f32, int8, ort = Precision.FLOAT32, Precision.INT8, "onnxruntime 1.31.1"
     original, converted = Role.ORIGINAL, Role.CONVERTED
@@ -102,7 +125,14 @@ def results() -> tuple[ArtifactResult, ...]:
         (Format.TFLITE, int8, converted, 141_720, int8_after, latency(0.205, 1.84), 0.53, ("Softmax x1",)),
     )
     return tuple(
-        ArtifactResult(artifact(kind, precision, role, size), score, time, error, float_ops)
+        ArtifactResult(
+            artifact(kind, precision, role, size),
+            score,
+            time,
+            error,
+            float_ops,
+            int8_proof(role) if precision is int8 else None,
+        )
         for kind, precision, role, size, score, time, error, float_ops in rows
     )
 
@@ -241,7 +271,19 @@ def hostile_report() -> Report:
         recovery=(RecoveryStep(HOSTILE_NAME, 0.2, 0.1, 128, is_kept=True, detail=HOSTILE_NAME),),
         transfer=(LayerTransfer(HOSTILE_NAME, 0.4, 0.1, HOSTILE_NAME),),
         checks=(Check(HOSTILE_NAME, True, HOSTILE_NAME),),
-        artifacts=(*others_, replace(last, artifact=replace(last.artifact, path=f"{LONG_NAME}/{HOSTILE_NAME}"))),
+        artifacts=(
+            *others_,
+            replace(
+                last,
+                artifact=replace(last.artifact, path=f"{LONG_NAME}/{HOSTILE_NAME}"),
+                int8=Int8Proof(
+                    7,
+                    0,
+                    (FloatLayer(HOSTILE_NAME, HOSTILE_NAME, 7, FloatReason.INPUT),),
+                    (LayerSqnr(HOSTILE_NAME, HOSTILE_NAME, 30.0, 1.0),),
+                ),
+            ),
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from sepdeploy.core.training import RecoveryStep
 from sepdeploy.render import terminal
 from sepdeploy.render.html import render_html
+from sepdeploy.render.int8 import int8_results, int8_table
 from sepdeploy.render.summary import recovery_sentence
 
 Check = Callable[[str, str], None]
@@ -27,7 +28,8 @@ def test_report_tables(name: str, samples: ModuleType, check_golden: Check) -> N
     recovery = (terminal.recovery_table(report),) if report.recovery else ()
     tables = (terminal.summary_table(report), terminal.artifacts_table(report), terminal.plan_table(report.plan))
 
-    check_golden(f"report_{name}.txt", as_text(*recovery, *tables))
+    int8 = (int8_table(report),) if int8_results(report) else ()
+    check_golden(f"report_{name}.txt", as_text(*recovery, *tables, *int8))
 
 
 @pytest.mark.parametrize("name", ["success", "slow", "nothing_replaced", "hostile"])

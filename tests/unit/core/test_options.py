@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from sepdeploy.core.artifact import Precision
 from sepdeploy.core.options import DEFAULT_MAX_DROP, ConvertOptions, SelectionOptions
 from sepdeploy.errors import UsageError
 
@@ -48,3 +49,16 @@ def test_what_only_a_selection_reads_is_refused_elsewhere():
     for changes in ({"scheme": "low_rank"}, {"plan": Path("plan.json")}):
         with pytest.raises(UsageError, match="are for --scheme auto"):
             options(selection=SelectionOptions(goal="macs"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precisions": (Precision.INT8,), "precision": Precision.INT8}, "--precisions must have float32"),
+        ({"precisions": tuple(Precision), "precision": Precision.FLOAT16}, "--precision is float32 or int8"),
+        ({"precisions": (Precision.FLOAT32,), "precision": Precision.INT8}, "int8 is left out of --precisions"),
+    ],
+)
+def test_precisions_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        options(**changes)

@@ -46,7 +46,7 @@ def test_an_original_that_holds_the_limits_is_no_failure(limit, names):
     options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(max_size_bytes=limit))
     artifact = SimpleNamespace(role=Role.CONVERTED, format=Format.ONNX, precision=Precision.FLOAT32, size_bytes=900)
     result = SimpleNamespace(artifact=artifact, latency=None, quality=None)
-    checks = report._checks(options, Plan("auto", SchemeOptions(), ()), [result], None, NETWORK, MEMORY)
+    checks = report._checks(options, Plan("auto", SchemeOptions(), ()), [result], None, NETWORK, MEMORY, 512)
     assert [check.name for check in checks] == names
     assert all(check.is_met for check in checks) == (limit == 800)
 

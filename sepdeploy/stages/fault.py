@@ -1,0 +1,78 @@
+"""Which stage is to blame for a file that loses more than --max-drop, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from types import MappingProxyType
+
+from sepdeploy.core.artifact import Precision
+from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.report import Drops, Fault
+
+__all__ = ["QUANTIZATION_ADVICE", "find_faults", "is_beyond_transfer"]
+
+_ENOUGH_IMAGES = 256
+
+QUANTIZATION_ADVICE: Mapping[str, tuple[object, str]] = MappingProxyType(
+    {
+        "qat": (True, "--qat"),
+        "mixed": ("auto", "--mixed auto"),
+        "calibration_method": ("auto", "--calibration-method auto"),
+        "adaptive_rounding": (True, "--adaptive-rounding"),
+    }
+)
+"""Option -> the value that helps, and how it is written; what there is no option for is not advised."""
+
+
+def find_faults(options: ConvertOptions, drops: Drops, images: int) -> tuple[Fault, ...]:
+    """The stages without which the limit would have held, the costlier first; none if it holds.
+
+    The float network against the original is what the transfer and all that follows it lost; the file against that
+    network is what quantization lost.
+
+    Args:
+        options: How it was converted; what they ask for already is not advised.
+        drops: What was lost where.
+        images: Calibration images that there were.
+    """
+    limit = options.max_drop_points
+    if limit is None or drops.file <= limit:
+        return ()
+    faults = []
+    if drops.network > limit:
+        faults.append(Fault("transfer", drops.network, tuple(_transfer_advice(options, images))))
+    if options.precision is Precision.INT8 and (drops.network <= limit or drops.quantization > limit):
+        faults.append(Fault("quantization", drops.quantization, tuple(_quantization_advice(options, images))))
+    return tuple(sorted(faults, key=lambda fault: -fault.points))
+
+
+def is_beyond_transfer(limit: float, drops: Drops) -> bool:
+    """Whether quantization alone breaks the limit, of the original network too: replacing less would not help."""
+    return (
+        drops.network <= limit < drops.file
+        and drops.quantization > limit
+        and drops.original_file is not None
+        and drops.original_file > limit
+    )
+
+
+def _transfer_advice(options: ConvertOptions, images: int) -> Iterator[str]:
+    is_trained = options.train is not None or options.finetune_hook is not None
+    yield "more --epochs" if is_trained else "--train with training images"
+    if not options.reconstructs:
+        yield "--reconstruct" if options.transfer == "anchored" else "--transfer anchored"
+    if not options.selects and options.plan is None:
+        yield "--scheme auto"
+    if images < _ENOUGH_IMAGES:
+        yield f"more calibration images (there were {images})"
+
+
+def _quantization_advice(options: ConvertOptions, images: int) -> Iterator[str]:
+    known = {field.name for field in fields(options)}
+    for name, (value, text) in QUANTIZATION_ADVICE.items():
+        if name in known and getattr(options, name) != value:
+            yield text
+    if images < _ENOUGH_IMAGES:
+        yield f"more calibration images (there were {images})"
+    yield "--precision float32"

@@ -1,0 +1,79 @@
+"""What an int8 file computes in int8, and which of its layers lose most; work/int8/*.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from sepdeploy.core.artifact import Artifact, Format
+from sepdeploy.core.codec import read_json, write_json
+from sepdeploy.core.files import sha256_of_file
+from sepdeploy.core.int8 import Int8Proof
+from sepdeploy.core.progress import Progress
+from sepdeploy.core.stage_store import StageStore
+from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
+from sepdeploy.quantize.layer_sqnr import layer_sqnr_of_onnx, layer_sqnr_of_tflite
+from sepdeploy.stages.int8 import range_images
+from sepdeploy.stages.load import Inputs
+from sepdeploy.version import __version__
+
+__all__ = ["prove_int8"]
+
+_IMAGES = 32
+"""The ratios of a layer differ by tenths of a decibel between images."""
+
+
+def prove_int8(
+    store: StageStore,
+    artifact: Artifact,
+    source: Path,
+    inputs: Inputs,
+    seed: int,
+    versions: dict[str, str],
+    progress: Progress,
+) -> Int8Proof:
+    """Read the share of int8 from a file, and compare its layers with those of the float file on calibration images.
+
+    Args:
+        store: Remembers what was made from what.
+        artifact: The int8 file.
+        source: The float32 file that it was quantized from.
+        inputs: Has the calibration images.
+        seed: Of the choice of images.
+        versions: Of the packages that have a hand in it.
+        progress: Told what is going on.
+    """
+    name = f"{artifact.role.value}.{artifact.format.value}"
+    path = store.work / "int8" / f"{name}.json"
+    key = {
+        "file": artifact.sha256,
+        "source": sha256_of_file(source),
+        "images": inputs.calibration.sha256,
+        "seed": seed,
+        "version": __version__,
+        "versions": versions,
+    }
+
+    def make() -> None:
+        progress.stage(f"comparing the layers of the {artifact.role.value} int8 {artifact.format.value} file")
+        fit, images = range_images(inputs.calibration, seed)
+        is_held_out = images is not fit
+        images = images.head(_IMAGES)
+
+        def as_file_takes() -> Iterator[np.ndarray]:
+            for batch, _ in images.batches(1):
+                yield np.ascontiguousarray(batch.transpose(0, 2, 3, 1) if artifact.is_channels_last else batch)
+
+        if artifact.format is Format.ONNX:
+            proof = int8_share_of_onnx(Path(artifact.path))
+            layers = layer_sqnr_of_onnx(source, Path(artifact.path), as_file_takes())
+        else:
+            proof = int8_share_of_tflite(Path(artifact.path))
+            layers = layer_sqnr_of_tflite(source, Path(artifact.path), as_file_takes())
+        write_json(path, replace(proof, layers=layers, images=len(images), is_held_out=is_held_out))
+
+    store.run(f"int8 {name}", key, (path,), make)
+    return read_json(Int8Proof, path)
