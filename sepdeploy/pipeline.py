@@ -17,6 +17,7 @@ from sepdeploy.core.codec import read_json, to_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.design import DesignOptions, DesignResult
 from sepdeploy.core.files import sha256_of_bytes, sha256_of_file
+from sepdeploy.core.int8 import PLAIN
 from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.measurement import Latency
 from sepdeploy.core.options import TARGETS, ConvertOptions, MovedInputs
@@ -128,14 +129,17 @@ def _convert(
         plan, network, guard = planned(attempt.limit_points)
         recovery = Recovery(store, store.folder, options, inputs, traced, plan, progress, Processes())
         untrained = _recover(recovery, options, Recovered(TRANSFERRED, network), is_recovering=attempt.is_recovering)
-        last = _train(recovery, inputs, untrained, hook) if attempt.is_recovering else untrained
+        last = untrained
+        if attempt.is_recovering:
+            is_aware = options.training.is_quantization_aware
+            last = _train(recovery, inputs, untrained, hook, is_quantization_aware=is_aware)
         recovery.finish(last)
         promise = options.max_drop_points
         if promise is None or attempt.is_last or (options.selects and options.selection.has_limit):
             break
         following = None
         if plan.replaced:
-            drops = _drops(store, options, inputs, traced, plan, last.network, originals, evaluator, progress)
+            drops = _drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
             if drops.file > promise and not is_beyond_transfer(promise, drops):
                 following = next_attempt(attempt, promise, guard.quality.drop_points, drops.file)
         elif attempt.is_recovering and guard.limit_points is not None and guard.limit_points < promise:
@@ -176,7 +180,7 @@ def _planner(
 
     def timed(plan: Plan, network: nn.Module) -> Latency:
         """The target's file of a network that was only transferred, against the original's: weights are no matter."""
-        only_target = replace(options, formats=(TARGETS[options.target],))
+        only_target = replace(options, formats=(TARGETS[options.target],), int8=PLAIN)
         sha256 = sha256_of_bytes(to_json(plan).encode())
         results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, sha256, progress, plan)
         return target_latency([original, target_result(results, options, Role.CONVERTED)], options)
@@ -260,13 +264,18 @@ def _recover(recovery: Recovery, options: ConvertOptions, transferred: Recovered
     return recovery.reconstruct(recalibrated) if is_recovering and options.reconstructs else recalibrated
 
 
-def _train(recovery: Recovery, inputs: Inputs, before: Recovered, hook: Hook | None) -> Recovered:
-    """The user's own training, or else fine-tuning, or neither."""
+def _train(
+    recovery: Recovery, inputs: Inputs, before: Recovered, hook: Hook | None, *, is_quantization_aware: bool
+) -> Recovered:
+    """The user's own training, or else fine-tuning, then through rounding if that is asked for, or nothing."""
     if not recovery.replaces_anything:
         return before
     if hook is not None:
         return recovery.run_hook(before, hook)
-    return before if inputs.train is None else recovery.finetune(before)
+    if inputs.train is None:
+        return before
+    tuned = recovery.finetune(before)
+    return recovery.train_for_int8(tuned) if is_quantization_aware else tuned
 
 
 def _finish(
@@ -284,7 +293,7 @@ def _finish(
     """Export, measure and report the bundle's network."""
     files = partial(deploy, store, options, inputs, traced, is_final=True)
     originals = files(inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
-    converted = files(last.network, Role.CONVERTED, _weights_sha256(store), progress, plan)
+    converted = files(last.network, Role.CONVERTED, _weights_sha256(store), progress, plan, last.ranges)
     qualities = Qualities(
         original=evaluator.original_quality(),
         transferred=guard.quality,
@@ -341,7 +350,7 @@ def _drops(
     inputs: Inputs,
     traced: Trace,
     plan: Plan,
-    network: nn.Module,
+    last: Recovered,
     originals: Sequence[ArtifactResult],
     evaluator: Evaluator,
     progress: Progress,
@@ -349,7 +358,9 @@ def _drops(
     """Points that the target's file loses, which is exported and measured for that, and where they go."""
     only_target = replace(options, formats=(TARGETS[options.target],))
     weights = _weights_sha256(store)
-    results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, weights, progress, plan)
+    results = deploy(
+        store, only_target, inputs, traced, last.network, Role.CONVERTED, weights, progress, plan, last.ranges
+    )
     points = []
     for role in (Role.CONVERTED, Role.ORIGINAL):
         target = target_result((*results, *originals), options, role)
@@ -357,7 +368,7 @@ def _drops(
         if quality is None:
             raise ContractError("the target's file was not measured")
         points.append(quality.drop_points)
-    return Drops(points[0], measure_network(store, network, inputs, evaluator, progress).drop_points, points[1])
+    return Drops(points[0], measure_network(store, last.network, inputs, evaluator, progress).drop_points, points[1])
 
 
 def _weights_sha256(store: StageStore) -> str:
@@ -485,7 +496,8 @@ def _continue(
         evaluator = _evaluator(inputs, batch_size_for(traced), progress)
         if adopted is not None:
             start = recovery.adopt(start, adopted)
-        last = _train(recovery, inputs, start, hook)
+        is_aware = options.training.is_quantization_aware
+        last = _train(recovery, inputs, start, hook, is_quantization_aware=is_aware)
         recovery.finish(last)
         told = replace(options, command=f"{options.command or repr(options)} && {command}")
         kept = replace(record, options=absolute_options(options, inputs.architecture))
@@ -501,7 +513,7 @@ def _take_part(record: RunRecord, hook: Hook | None, processes: Processes) -> No
     # Opened before the memory layout changes, as in the first process: training needs the same layout in all.
     start = recovery.open(record.start)
     prefer_channels_last(inputs.network, inputs.example())
-    _train(recovery, inputs, start, hook)
+    _train(recovery, inputs, start, hook, is_quantization_aware=options.training.is_quantization_aware)
 
 
 def design(options: DesignOptions, progress: Progress | None = None) -> tuple[nn.Module, DesignResult]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sepdeploy.bench.session import predict_in_batches, random_input
+from sepdeploy.bench.session import Codes, predict_in_batches, random_input
 from sepdeploy.core.quiet import first_line, silenced_native_stderr
 from sepdeploy.errors import ToolError, UsageError
 
@@ -145,11 +145,12 @@ def _require_static_shape(path: Path, detail: dict[str, Any]) -> None:
         )
 
 
-def _scale_and_zero_point(detail: dict[str, Any]) -> tuple[float, int]:
+def _codes(detail: dict[str, Any]) -> Codes:
     scales = detail["quantization_parameters"]["scales"]
     if len(scales) != 1:
         raise UsageError(f"tensor '{detail['name']}' holds integers without a scale and a zero point to read them with")
-    return float(scales[0]), int(detail["quantization_parameters"]["zero_points"][0])
+    zero_point = int(detail["quantization_parameters"]["zero_points"][0])
+    return Codes(float(scales[0]), zero_point, np.dtype(detail["dtype"]))
 
 
 def _quantized(values: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
@@ -157,16 +158,11 @@ def _quantized(values: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
     dtype = np.dtype(detail["dtype"])
     if np.issubdtype(dtype, np.floating):
         return values.astype(dtype, copy=False)
-    scale, zero_point = _scale_and_zero_point(detail)
-    info = np.iinfo(dtype)
-    steps: np.ndarray = np.rint(values / np.float32(scale)) + zero_point
-    quantized: np.ndarray = np.clip(steps, info.min, info.max).astype(dtype)
-    return quantized
+    return _codes(detail).quantized(values)
 
 
 def _dequantized(values: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
     """Values of the tensor as float32; integers without a scale, such as class indices, as they are."""
     if len(detail["quantization_parameters"]["scales"]) == 0:
         return values.astype(np.float32, copy=False)
-    scale, zero_point = _scale_and_zero_point(detail)
-    return (values.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
+    return _codes(detail).dequantized(values)

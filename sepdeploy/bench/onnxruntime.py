@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sepdeploy.bench.session import predict_in_batches, random_input
+from sepdeploy.bench.session import Codes, predict_in_batches, random_input
 from sepdeploy.core.quiet import first_line
 from sepdeploy.errors import ToolError, UsageError
 
@@ -66,6 +66,7 @@ class OrtSession:
         self._inputs = [
             (value.name, _static_shape(path, value), _dtype(path, value)) for value in _inputs(self._session)
         ]
+        self._codes = _end_codes(path, self._session)
         self._binding: Any = None
 
     @property
@@ -78,17 +79,21 @@ class OrtSession:
         if len(self._inputs) > 1:
             raise UsageError(f"{self.path} has {len(self._inputs)} inputs; it can be timed, but not fed with images")
         name, shape, dtype = self._inputs[0]
-        if not np.issubdtype(dtype, np.floating):
+        outputs = [value.name for value in self._session.get_outputs()]
+        if not np.issubdtype(dtype, np.floating) and name not in self._codes:
             raise UsageError(
-                f"{self.path} takes {dtype} and an ONNX file does not say how to quantize its input; "
-                "export it with a float32 input"
+                f"{self.path} takes {dtype} and does not say how to quantize its input; export it with a float32 input"
             )
 
         def run(piece: np.ndarray) -> tuple[np.ndarray, ...]:
+            codes = self._codes.get(name)
+            values = piece.astype(dtype, copy=False) if codes is None else codes.quantized(piece)
             try:
-                return tuple(self._session.run(None, {name: piece.astype(dtype, copy=False)}))
+                found = self._session.run(outputs, {name: values})
             except Exception as error:
                 raise self._run_error(error) from error
+            pairs = zip(outputs, found, strict=True)
+            return tuple(self._codes[o].dequantized(each) if o in self._codes else each for o, each in pairs)
 
         return predict_in_batches(batch, shape, run)
 
@@ -115,6 +120,31 @@ class OrtSession:
 
     def _run_error(self, error: Exception) -> ToolError:
         return ToolError(f"onnxruntime fails to run {self.path}: {first_line(error)}")
+
+
+def _end_codes(path: Path, session: Any) -> dict[str, Codes]:
+    """How the 8-bit inputs and outputs of a file stand for real numbers, by name, as its own operators say."""
+    ends = (*session.get_inputs(), *session.get_outputs())
+    names = {end.name for end in ends if end.type in ("tensor(int8)", "tensor(uint8)")}
+    if not names:
+        return {}
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    found = {}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            name = node.input[0]
+        elif node.op_type == "QuantizeLinear":
+            name = node.output[0]
+        else:
+            continue
+        if name in names and len(node.input) == 3 and all(each in constants for each in node.input[1:]):
+            scale, zero_point = (constants[each] for each in node.input[1:])
+            if scale.size == 1:
+                found[name] = Codes(float(scale), int(zero_point), zero_point.dtype)
+    return found
 
 
 def _inputs(session: Any) -> list[Any]:

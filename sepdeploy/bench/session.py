@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,34 @@ import numpy as np
 
 from sepdeploy.errors import UsageError
 
-__all__ = ["Session", "open_session", "predict_in_batches", "random_input"]
+__all__ = ["Codes", "Session", "open_session", "predict_in_batches", "random_input"]
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """How a tensor's integers stand for real numbers: value = scale * (code - zero_point).
+
+    Attributes:
+        scale: Above 0.
+        zero_point: The code of 0.0.
+        dtype: Of the codes.
+    """
+
+    scale: float
+    zero_point: int
+    dtype: np.dtype[Any]
+
+    def quantized(self, values: np.ndarray) -> np.ndarray:
+        """Float32 `values` as codes."""
+        info = np.iinfo(self.dtype)
+        steps: np.ndarray = np.rint(values / np.float32(self.scale)) + self.zero_point
+        codes: np.ndarray = np.clip(steps, info.min, info.max).astype(self.dtype)
+        return codes
+
+    def dequantized(self, codes: np.ndarray) -> np.ndarray:
+        """Codes as float32 values."""
+        values: np.ndarray = (codes.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+        return values
 
 
 class Session(Protocol):

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sepdeploy.cli.int8_options import int8_options
 from sepdeploy.cli.parameters import CommaList, Shape, print_report, shown_progress
 from sepdeploy.cli.scheme_options import scheme_options
 from sepdeploy.cli.selection_options import selection_options
@@ -59,6 +60,7 @@ __all__ = ["command"]
 @click.option("--lowering", default="auto", show_default=True, type=CommaList(("auto", *LOWERINGS)),
               help="How separable forms are written down in the files: one or more, in order, of "
               f"{', '.join(LOWERINGS)}; auto takes what suits each format and precision.")  # fmt: skip
+@int8_options
 @click.option("--transfer", default="anchored", show_default=True, type=click.Choice(("anchored", "data-free")),
               help="How weights are found; data-free is for a named --scheme and leaves out all that follows but "
               "training.")  # fmt: skip
@@ -93,6 +95,7 @@ def command(
     formats: tuple[str, ...],
     precisions: tuple[str, ...],
     lowering: tuple[str, ...],
+    int8: dict[str, Any],
     transfer: str,
     reconstruct: bool | None,
     train: str | None,
@@ -118,6 +121,7 @@ def command(
     asked for, being slower is no failure. A run that was stopped goes on where it was when repeated.
     """
     from sepdeploy.core.artifact import Format, Precision
+    from sepdeploy.core.int8 import Int8Options
     from sepdeploy.core.options import ConvertOptions, SelectionOptions
     from sepdeploy.core.training import ReconstructOptions, TrainOptions
 
@@ -144,6 +148,7 @@ def command(
         formats=tuple(Format(name) for name in formats),
         precisions=tuple(precision for precision in Precision if precision.value in precisions),
         lowering=None if lowering == ("auto",) else lowering,
+        int8=Int8Options(**int8),
         transfer=transfer,
         reconstruct=None if reconstruct is False else ReconstructOptions(seed=seed),
         train=train,

@@ -42,6 +42,12 @@ _OPTIONS: dict[str, tuple[str, Any, str | None, str]] = {
 }  # fmt: skip
 """Field of `TrainOptions` -> flag, type, metavar and help of its option."""
 
+_QAT = "is_quantization_aware"
+_QAT_HELP = (
+    "After that, train through the rounding of the int8 files (quantization-aware training), a quarter as many epochs "
+    "at a tenth of the rate; the files keep the scales that were trained with."
+)
+
 _TRAIN_HELP = (
     "Images to fine-tune on, best with labels: the converted network learns from the original; of a manifest its "
     "calibration split."
@@ -62,7 +68,7 @@ def train_options(command: _T) -> _T:
     @functools.wraps(command)
     def collecting(**arguments: Any) -> Any:
         context = click.get_current_context()
-        values = {name: arguments.pop(_PREFIX + name) for name in _OPTIONS}
+        values = {name: arguments.pop(_PREFIX + name) for name in (*_OPTIONS, _QAT)}
         given = {
             name: value
             for name, value in values.items()
@@ -76,6 +82,7 @@ def train_options(command: _T) -> _T:
     decorated: Any = collecting
     for name, (flag, kind, metavar, text) in reversed(_OPTIONS.items()):
         decorated = click.option(flag, _PREFIX + name, type=kind, metavar=metavar, help=f"{text}.")(decorated)
+    decorated = click.option("--qat", _PREFIX + _QAT, is_flag=True, default=None, help=_QAT_HELP)(decorated)
     decorated = click.option("--finetune-hook", metavar="FILE.py:FUNCTION", help=_HOOK_HELP)(decorated)
     decorated = click.option("--train", metavar="PATH", help=_TRAIN_HELP)(decorated)
     return cast("_T", decorated)
@@ -85,7 +92,8 @@ def _require_consistent(given: dict[str, Any], train: str | None, hook: str | No
     """Refuse options that nothing would read."""
     if not given:
         return
-    flag = _OPTIONS[next(iter(given))][0]
+    first = next(iter(given))
+    flag = "--qat" if first == _QAT else _OPTIONS[first][0]
     if hook is not None:
         raise click.UsageError(
             f"{flag} has no effect beside --finetune-hook, which trains in its own way: leave it out"

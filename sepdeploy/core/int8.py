@@ -10,6 +10,7 @@ from sepdeploy.errors import ContractError, UsageError
 
 __all__ = [
     "CALIBRATION_METHODS",
+    "PLAIN",
     "Affine",
     "CalibrationMethod",
     "FloatLayer",
@@ -60,6 +61,10 @@ class Int8Options:
         for value, choices in ((self.calibration_method, CalibrationMethod), (self.io, IoType)):
             if value not in get_args(choices):
                 raise UsageError(f"'{value}' is not one of {', '.join(get_args(choices))}")
+
+
+PLAIN = Int8Options("minmax", equalizes=False, corrects_bias=False)
+"""The quickest way, for files whose weights do not matter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,8 @@ class TrainOptions:
         batch_norm: What batch norms do.
         augment: What is done to images; None takes what the original network's outputs tolerate.
         seed: Of the order of images and of their augmentation.
+        is_quantization_aware: Whether the network is trained once more afterwards, a quarter as long and at a tenth of
+            the rate, with weights and activations rounded as in its int8 files.
 
     Raises:
         UsageError: if a number is out of range.
@@ -99,6 +101,7 @@ class TrainOptions:
     batch_norm: BatchNormMode = "train"
     augment: tuple[AugmentName, ...] | None = None
     seed: int = 0
+    is_quantization_aware: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
@@ -148,7 +151,8 @@ class RecoveryStep:
     """One try to win accuracy back on the whole network, decided on held-out images.
 
     Attributes:
-        name: 'batch norm re-estimation', 'bias correction', 'reconstruction', 'fine-tuning', 'hook' or 'adopted'.
+        name: 'batch norm re-estimation', 'bias correction', 'reconstruction', 'fine-tuning',
+            'quantization-aware training', 'hook' or 'adopted'.
         damage_before: Change of the outputs against the original on `images` held-out images (`analyze/damage.py`).
         damage_after: The same with the step.
         images: Held-out images.

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from sepdeploy.errors import ContractError
-from sepdeploy.passes.replace_convs import replace_modules
+from sepdeploy.passes.replace_convs import copy_network, replace_modules
 from sepdeploy.schemes.module import ChainConv2d, batchnorm_affine
 
-__all__ = ["fold_batchnorm"]
+__all__ = ["fold_batchnorm", "unfold_batchnorm"]
 
 
 @torch.no_grad()
@@ -46,3 +46,38 @@ def fold_batchnorm(model: nn.Module, pairs: Mapping[str, str]) -> tuple[str, ...
         folded[norm_name] = nn.Identity()
     replace_modules(model, folded)
     return tuple(folded)
+
+
+@torch.no_grad()
+def unfold_batchnorm(network: nn.Module, folded: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
+    """A copy of `network`, batch norms and all, that computes what a folded version of it computes.
+
+    The weights are those of `folded`; each norm becomes an identity, but for the bias where its convolution has none.
+
+    Args:
+        network: As it was before `fold_batchnorm`, in eval mode.
+        folded: What became of it, with any weights.
+        pairs: As they were given to `fold_batchnorm`.
+    """
+    copy: nn.Module = copy_network(network).eval()
+    parts = dict(folded.named_modules(remove_duplicate=False))
+    own = folded.state_dict()
+    for name, parameter in copy.named_parameters():
+        if name in own:
+            parameter.copy_(own[name])
+    modules = dict(copy.named_modules(remove_duplicate=False))
+    for conv_name, norm_name in pairs.items():
+        norm = modules[norm_name]
+        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+            raise ContractError(f"{norm_name} is no BatchNorm2d with statistics")
+        shift = torch.zeros_like(norm.running_mean)
+        if modules[conv_name].bias is None:
+            shift += parts[conv_name].bias
+        norm.running_var.fill_(1 - norm.eps)
+        norm.running_mean.zero_()
+        if norm.affine:
+            norm.weight.fill_(1)
+            norm.bias.copy_(shift)
+        else:
+            norm.running_mean.copy_(-shift)
+    return copy

@@ -115,13 +115,17 @@ class QuantizeActivation(nn.Module):
         affine: The scale and the zero point.
     """
 
+    scale: Tensor
+    zero_point: Tensor
+
     def __init__(self, affine: Affine) -> None:
         super().__init__()
-        self.affine = affine
+        self.register_buffer("scale", torch.tensor(affine.scale, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor(affine.zero_point, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Round values of any shape."""
-        return torch.fake_quantize_per_tensor_affine(x, self.affine.scale, self.affine.zero_point, 0, 255)
+        """Round values of any shape; in float32, whatever the precision around."""
+        return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, 255)
 
 
 class QuantizeWeight(nn.Module):
@@ -130,7 +134,7 @@ class QuantizeWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Round (O, ...)."""
         scale = weight_scales(weight)
-        zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)  # symmetric
         return torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -127, 127)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,13 @@ from sepdeploy.errors import UnsupportedModelError
 from sepdeploy.passes.equalize_channels import equalize_channels
 from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import batch_size_for, tensor_batches
-from sepdeploy.quantize.prepare import prepare_int8
+from sepdeploy.quantize.prepare import Prepared, prepare_int8
 from sepdeploy.render.format_numbers import plural
 from sepdeploy.stages.bundle import read_weights, save_weights
 from sepdeploy.stages.load import Inputs
 from sepdeploy.version import __version__
 
-__all__ = ["RANGE_IMAGES", "Int8Network", "Int8Record", "prepare_network", "range_images"]
+__all__ = ["RANGE_IMAGES", "Int8Network", "Int8Record", "prepare_for_int8", "prepare_network", "range_images"]
 
 RANGE_IMAGES = 256
 """Calibration images for the int8 ranges: they settle long before that."""
@@ -123,7 +124,12 @@ def prepare_network(
 
     def make() -> None:
         progress.stage(f"finding the int8 ranges of the {role.value} network")
-        network, record = _prepared(options, inputs, traced, folded(), seed, {p.name: p.affine for p in settled})
+        network = folded()
+        try:
+            prepared = prepare_for_int8(options, inputs, traced, network, seed, {p.name: p.affine for p in settled})
+            network, record = prepared.network, _record(prepared)
+        except UnsupportedModelError as error:
+            record = _unsimulated(options, str(error))
         save_weights(weights_path, network)
         write_json(record_path, record)
 
@@ -132,34 +138,42 @@ def prepare_network(
     return Int8Network(record, cache(lambda: _rebuilt(folded(), weights_path)) if record.is_changed else folded)
 
 
-def _prepared(
+def prepare_for_int8(
     options: Int8Options,
     inputs: Inputs,
     traced: Trace,
     network: nn.Module,
     seed: int,
-    settled: Mapping[str, Affine],
-) -> tuple[nn.Module, Int8Record]:
+    settled: Mapping[str, Affine] = MappingProxyType({}),
+) -> Prepared:
+    """The same for a network with its batch norms folded, without remembering it.
+
+    Raises:
+        UnsupportedModelError: if the network's data flow cannot be captured.
+    """
     fit, held_out = range_images(inputs.calibration, seed)
     size = batch_size_for(traced)
-    try:
-        prepared = prepare_int8(
-            network,
-            copy_network,
-            inputs.example(),
-            tensor_batches(fit, size),
-            tensor_batches(held_out, size),
-            len(held_out),
-            options,
-            _equalize,
-            settled or None,
-        )
-    except UnsupportedModelError as error:
-        method: RangeMethod = "minmax" if options.calibration_method == "auto" else options.calibration_method
-        note = f"int8 could not be simulated, so that each file has ranges of its own, by {method}: {error}"
-        return network, Int8Record(method, False, None, (), (), note)
-    record = Int8Record(prepared.method, prepared.is_changed, prepared.sqnr_db, prepared.steps, prepared.places)
-    return prepared.network, record
+    return prepare_int8(
+        network,
+        copy_network,
+        inputs.example(),
+        tensor_batches(fit, size),
+        tensor_batches(held_out, size),
+        len(held_out),
+        options,
+        _equalize,
+        settled or None,
+    )
+
+
+def _record(prepared: Prepared) -> Int8Record:
+    return Int8Record(prepared.method, prepared.is_changed, prepared.sqnr_db, prepared.steps, prepared.places)
+
+
+def _unsimulated(options: Int8Options, reason: str) -> Int8Record:
+    method: RangeMethod = "minmax" if options.calibration_method == "auto" else options.calibration_method
+    note = f"int8 could not be simulated, so that each file has ranges of its own, by {method}: {reason}"
+    return Int8Record(method, False, None, (), (), note)
 
 
 def _equalize(network: nn.Module, example: Tensor, batches: Callable[[], Iterable[Tensor]]) -> str:

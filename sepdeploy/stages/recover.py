@@ -16,6 +16,7 @@ from sepdeploy.analyze.damage import network_damage
 from sepdeploy.core.codec import read_json, to_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_bytes, sha256_of_file, write_bytes
+from sepdeploy.core.int8 import PlaceRange
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress
@@ -56,11 +57,13 @@ class Recovered:
         name: Of its file, without suffix.
         network: In eval mode on the CPU.
         steps: What was tried on the way to it.
+        ranges: Of its activations in int8, where it was trained with them.
     """
 
     name: str
     network: nn.Module
     steps: tuple[RecoveryStep, ...] = ()
+    ranges: tuple[PlaceRange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +81,25 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What a step leaves beside its weights: its own steps and those before it."""
+    """What a step leaves beside its weights: its own steps and those before it, and ranges that it was trained with."""
 
     steps: tuple[RecoveryStep, ...]
+    ranges: tuple[PlaceRange, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a step has made.
+
+    Attributes:
+        network: In eval mode.
+        steps: What was tried.
+        ranges: As of `Recovered`.
+    """
+
+    network: nn.Module
+    steps: tuple[RecoveryStep, ...]
+    ranges: tuple[PlaceRange, ...] = ()
 
 
 def held_out_images(inputs: Inputs, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -151,8 +170,10 @@ class Recovery:
     def open(self, name: str) -> Recovered:
         """A network that an earlier step left."""
         network = rebuild(self._inputs.network, self._plan, read_weights(self._weights_path(name)))
-        steps = () if name == TRANSFERRED else read_json(_Record, self._record_path(name)).steps
-        return Recovered(name, network, steps)
+        if name == TRANSFERRED:
+            return Recovered(name, network)
+        record = read_json(_Record, self._record_path(name))
+        return Recovered(name, network, record.steps, record.ranges)
 
     def files(self, name: str) -> tuple[Path, ...]:
         """What a step writes."""
@@ -162,9 +183,9 @@ class Recovery:
         """Batch norm statistics and biases for what the network computes now."""
         from sepdeploy.transfer.recalibrate import recalibrate
 
-        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+        def make() -> _Made:
             self._progress.stage("re-estimating batch norms and biases")
-            return recalibrate(
+            network, steps = recalibrate(
                 self._inputs.network,
                 before.network,
                 self._traced,
@@ -172,6 +193,7 @@ class Recovery:
                 self._fit_batches,
                 self._held_out_batches,
             )
+            return _Made(network, steps)
 
         return self._step("recalibrated", before, {"threads": torch.get_num_threads()}, make)
 
@@ -184,7 +206,7 @@ class Recovery:
 
         checkpoint = self._work / "reconstruct_checkpoint.pt"
 
-        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+        def make() -> _Made:
             self._progress.stage("reconstructing blocks")
             blocks = find_blocks(self._inputs.network, self._inputs.example(), tuple(self._plan.replaced))
             network, step = reconstruct(
@@ -197,7 +219,7 @@ class Recovery:
                 checkpoint=checkpoint,
                 progress=self._progress,
             )
-            return network, (step,)
+            return _Made(network, (step,))
 
         key = {"options": repr(options), "threads": torch.get_num_threads()}
         reconstructed = self._step("reconstructed", before, key, make)
@@ -207,10 +229,10 @@ class Recovery:
     def adopt(self, before: Recovered, weights: Weights) -> Recovered:
         """Weights that were trained elsewhere."""
 
-        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+        def make() -> _Made:
             self._progress.stage("taking over the weights")
             network = take_weights(weights.given, before.network, self._inputs.example(), weights.source)
-            return network, (self._judged("adopted", before.network, network, weights.source),)
+            return _Made(network, (self._judged("adopted", before.network, network, weights.source),))
 
         return self._step("adopted", before, {"nonce": uuid.uuid4().hex}, make)
 
@@ -221,7 +243,7 @@ class Recovery:
             raise ContractError("there is nothing to fine-tune on")
         from sepdeploy.train.finetune import finetune
 
-        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+        def make() -> _Made:
             self._progress.stage("fine-tuning")
             own, judges = training_images(images, self.held_out, self._options.seed)
             network, step, _ = finetune(
@@ -234,16 +256,47 @@ class Recovery:
                 folder=self._work / "finetune",
                 progress=self._progress,
             )
-            return network, (step,)
+            return _Made(network, (step,))
 
         # The number of processes and threads is not in it: a training is too dear to do it again for rounding.
         key: dict[str, object] = {"options": repr(self._options.training), "images": images.sha256}
         return self._step("finetuned", before, key, make)
 
+    def train_for_int8(self, before: Recovered) -> Recovered:
+        """Distillation through the rounding of the int8 files."""
+        images = self._inputs.train
+        if images is None:
+            raise ContractError("there is nothing to train on")
+        from sepdeploy.stages.quantize_aware import train_for_int8
+
+        def make() -> _Made:
+            self._progress.stage("quantization-aware training")
+            own, judges = training_images(images, self.held_out, self._options.seed)
+            trained = train_for_int8(
+                before.network,
+                self._inputs,
+                self._traced,
+                own,
+                judges,
+                self._options,
+                self._work / "finetune_int8",
+                self._progress,
+            )
+            if not trained.step.is_kept:
+                return _Made(before.network, (trained.step,))
+            return _Made(trained.network, (trained.step,), trained.places)
+
+        key: dict[str, object] = {
+            "options": repr(self._options.training),
+            "int8": repr(self._options.int8),
+            "images": images.sha256,
+        }
+        return self._step("finetuned_int8", before, key, make)
+
     def run_hook(self, before: Recovered, hook: Hook) -> Recovered:
         """The user's own training; its result is kept, as it is the user's decision."""
 
-        def make() -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+        def make() -> _Made:
             self._progress.stage(f"running the hook {hook.name}")
             context = FinetuneContext(
                 train=self._inputs.train,
@@ -257,7 +310,7 @@ class Recovery:
                 progress=self._progress,
             )
             network = run_hook(hook, before.network, self._inputs.network, context)
-            return network, (self._judged("hook", before.network, network, hook.name),)
+            return _Made(network, (self._judged("hook", before.network, network, hook.name),))
 
         images = None if self._inputs.train is None else self._inputs.train.sha256
         key: dict[str, object] = {
@@ -285,13 +338,12 @@ class Recovery:
         name: str,
         before: Recovered,
         key: dict[str, object],
-        make: Callable[[], tuple[nn.Module, tuple[RecoveryStep, ...]]],
+        make: Callable[[], _Made],
     ) -> Recovered:
         """Run a step unless its result is there; the first process decides, all take part in what is decided."""
         if self._store is None:
             if self._processes.told(None):
-                network, _ = make()
-                return Recovered(name, network)
+                return Recovered(name, make().network)
             return self.open(name)
         inputs = {
             **self._inputs.network_key(),
@@ -307,13 +359,11 @@ class Recovery:
         self._store.run(name, inputs, self.files(name), partial(self._make, name, before, make))
         return self.open(name)
 
-    def _make(
-        self, name: str, before: Recovered, make: Callable[[], tuple[nn.Module, tuple[RecoveryStep, ...]]]
-    ) -> None:
-        network, steps = make()
+    def _make(self, name: str, before: Recovered, make: Callable[[], _Made]) -> None:
+        made = make()
         weights_path, record_path = self.files(name)
-        save_weights(weights_path, network)
-        write_json(record_path, _Record((*before.steps, *steps)))
+        save_weights(weights_path, made.network)
+        write_json(record_path, _Record((*before.steps, *made.steps), made.ranges))
 
     def _judged(self, name: str, before: nn.Module, after: nn.Module, detail: str) -> RecoveryStep:
         """A step that is kept whatever it does, with what it does."""

@@ -1,0 +1,59 @@
+"""How int8 files are quantized, as options of every command that makes some."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
+
+import click
+
+from sepdeploy.core.int8 import CalibrationMethod, Int8Options, IoType
+
+__all__ = ["int8_options"]
+
+_T = TypeVar("_T", bound=Callable[..., Any])
+
+_DEFAULTS = Int8Options()
+
+_OPTIONS = (
+    click.option("--calibration-method", type=click.Choice(get_args(CalibrationMethod)), show_default=True,
+                 default=_DEFAULTS.calibration_method, help="How ranges of int8 activations follow from the "
+                 "calibration images; auto takes the highest SQNR of the whole network on images held out."),
+    click.option("--io", type=click.Choice(get_args(IoType)), default=_DEFAULTS.io, show_default=True, help="What int8 "
+                 "files take and return; auto is int8 in TFLite and float32 in ONNX."),
+    click.option("--equalize/--no-equalize", default=_DEFAULTS.equalizes, show_default=True, help="Rescale channels "
+                 "between layers before quantizing, which changes nothing in float, if int8 gains by it."),
+    click.option("--bias-correction/--no-bias-correction", default=_DEFAULTS.corrects_bias, show_default=True,
+                 help="Take the mean error of rounded weights back through the biases, if int8 gains by it."),
+    click.option("--adaptive-rounding/--no-adaptive-rounding", default=_DEFAULTS.rounds_adaptively, show_default=True,
+                 help="Round each weight to the side that keeps the outputs (AdaRound), if int8 gains by it; takes "
+                 "minutes."),
+)  # fmt: skip
+
+
+def int8_options(command: _T) -> _T:
+    """Give a command the options of int8; it takes `int8`, the fields of `Int8Options`."""
+
+    @functools.wraps(command)
+    def collecting(
+        calibration_method: str,
+        io: str,
+        equalize: bool,
+        bias_correction: bool,
+        adaptive_rounding: bool,
+        **arguments: Any,
+    ) -> Any:
+        int8 = {
+            "calibration_method": calibration_method,
+            "io": io,
+            "equalizes": equalize,
+            "corrects_bias": bias_correction,
+            "rounds_adaptively": adaptive_rounding,
+        }
+        return command(int8=int8, **arguments)
+
+    decorated: Any = collecting
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]

@@ -1,0 +1,100 @@
+"""Quantization-aware training: what fine-tuning left learns to live with the rounding of its int8 files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from sepdeploy.analyze.flow_graph import capture_graph
+from sepdeploy.core.conv import Trace
+from sepdeploy.core.int8 import PlaceRange
+from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.progress import Progress
+from sepdeploy.core.training import RecoveryStep, TrainOptions
+from sepdeploy.data.images import ImageSet
+from sepdeploy.passes.fold_batchnorm import fold_batchnorm, unfold_batchnorm
+from sepdeploy.passes.replace_convs import copy_network
+from sepdeploy.quantize.simulate import fake_quantized
+from sepdeploy.stages.int8 import prepare_for_int8
+from sepdeploy.stages.load import Inputs
+from sepdeploy.train.finetune import finetune
+from sepdeploy.train.optimization import peak_learning_rate
+
+__all__ = ["TrainedForInt8", "train_for_int8"]
+
+_EPOCHS_RATIO = 0.25
+_RATE_RATIO = 0.1
+"""Of the fine-tuning's: the network is where it should be, and only has to get used to the rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedForInt8:
+    """A network with the ranges that it was trained with.
+
+    Attributes:
+        network: In the structure that it had, its batch norms doing nothing any more.
+        step: What it won, measured with rounding; `is_kept` is False where nothing was won and nothing is changed.
+        places: Ranges that its files must have.
+    """
+
+    network: nn.Module
+    step: RecoveryStep
+    places: tuple[PlaceRange, ...]
+
+
+def train_for_int8(
+    network: nn.Module,
+    inputs: Inputs,
+    traced: Trace,
+    images: ImageSet,
+    held_out: ImageSet,
+    options: ConvertOptions,
+    folder: Path,
+    progress: Progress,
+) -> TrainedForInt8:
+    """Distillation as in `train/finetune.py`, through the simulated int8 network.
+
+    Batch norms are folded and channels rescaled first, so that weights and activations are rounded exactly as the files
+    round them, with the ranges found on the calibration images, which stay as they are. Features are not compared: the
+    graph that is trained has none of the modules any more.
+
+    Raises:
+        UsageError: if images and options do not fit, or training diverges.
+        UnsupportedModelError: if the network's data flow cannot be captured.
+    """
+    pairs = {site.name: site.norm for site in traced.sites if site.norm is not None}
+    folded = copy_network(network).eval()
+    fold_batchnorm(folded, pairs)
+    prepared = prepare_for_int8(options.int8, inputs, traced, folded, options.seed)
+    graph = capture_graph(prepared.network, inputs.example())
+    student = fake_quantized(graph, {place.name: place.affine for place in prepared.places})
+    for parameter, own in zip(student.parameters(), graph.parameters(), strict=False):
+        parameter.requires_grad_(own.requires_grad)
+    trained, step, _ = finetune(
+        student,
+        inputs.network,
+        images,
+        held_out,
+        qat_options(options.training),
+        features=(),
+        folder=folder,
+        progress=progress,
+    )
+    weights = prepared.network.state_dict()
+    weights.update({name: value for name, value in trained.state_dict().items() if name in weights})
+    prepared.network.load_state_dict(weights)
+    step = replace(step, name="quantization-aware training")
+    return TrainedForInt8(unfold_batchnorm(network, prepared.network, pairs), step, prepared.places)
+
+
+def qat_options(options: TrainOptions) -> TrainOptions:
+    """How to train through rounding, after a training with `options`."""
+    return replace(
+        options,
+        epochs=max(1, math.ceil(_EPOCHS_RATIO * options.epochs)),
+        learning_rate=_RATE_RATIO * peak_learning_rate(options),
+        feature_weight=0.0,
+    )
