@@ -14,18 +14,26 @@ from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.int8 import Int8Proof
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.stage_store import StageStore
+from sepdeploy.data.images import ImageSet
 from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
 from sepdeploy.quantize.layer_sqnr import layer_sqnr_of_onnx, layer_sqnr_of_tflite
 from sepdeploy.stages.load import Inputs
 from sepdeploy.version import __version__
 
-__all__ = ["prove_int8"]
+__all__ = ["held_out_images", "prove_int8"]
 
 _IMAGES = 32
 """The ratios of a layer differ by tenths of a decibel between images."""
 
 _FEWEST_HELD_OUT = 8
 """With fewer images left over, those that the ranges come from are used."""
+
+
+def held_out_images(inputs: Inputs, range_images: int) -> tuple[ImageSet, bool]:
+    """Calibration images that no range comes from, and whether they are that: with too few, any are taken."""
+    images = inputs.calibration.without(inputs.calibration.head(range_images))
+    is_held_out = len(images) >= _FEWEST_HELD_OUT
+    return (images if is_held_out else inputs.calibration).head(_IMAGES), is_held_out
 
 
 def prove_int8(
@@ -61,9 +69,7 @@ def prove_int8(
 
     def make() -> None:
         progress.stage(f"comparing the layers of the {artifact.role.value} int8 {artifact.format.value} file")
-        images = inputs.calibration.without(inputs.calibration.head(range_images))
-        is_held_out = len(images) >= _FEWEST_HELD_OUT
-        images = (images if is_held_out else inputs.calibration).head(_IMAGES)
+        images, is_held_out = held_out_images(inputs, range_images)
 
         def as_file_takes() -> Iterator[np.ndarray]:
             for batch, _ in images.batches(1):
