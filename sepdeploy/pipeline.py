@@ -49,6 +49,7 @@ from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard,
 from sepdeploy.stages.inspect_model import inspect_model
 from sepdeploy.stages.launch import Processes, joined_processes, launched_processes
 from sepdeploy.stages.load import Inputs, load_inputs
+from sepdeploy.stages.mixed import Mixer, read_mixed
 from sepdeploy.stages.plan_file import read_given_plan, read_plan_file
 from sepdeploy.stages.recover import Recovered, Recovery, Weights
 from sepdeploy.stages.reopen import (
@@ -293,7 +294,9 @@ def _finish(
     """Export, measure and report the bundle's network."""
     files = partial(deploy, store, options, inputs, traced, is_final=True)
     originals = files(inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
-    converted = files(last.network, Role.CONVERTED, _weights_sha256(store), progress, plan, last.ranges)
+    mixer = _mixer(store, options, inputs, plan, evaluator, progress)
+    weights = _weights_sha256(store)
+    converted = files(last.network, Role.CONVERTED, weights, progress, plan, last.ranges, mixer=mixer)
     qualities = Qualities(
         original=evaluator.original_quality(),
         transferred=guard.quality,
@@ -302,7 +305,8 @@ def _finish(
     results = [measure_quality(store, r, inputs, evaluator, options, progress) for r in (*originals, *converted)]
     results = measure_latency(results, options, progress)
     progress.stage("writing the report")
-    report = make_report(options, inputs, traced, plan, last.network, guard, last.steps, qualities, results)
+    mixed = None if mixer is None else read_mixed(store)
+    report = make_report(options, inputs, traced, plan, last.network, guard, last.steps, qualities, results, mixed)
     _discard_results(store.folder)
     _discard_other_files(store.folder, options)
     write_bundle(options, inputs, report, record)
@@ -338,6 +342,7 @@ def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -
         "int8": repr(options.int8),
         "target": options.target,
         "precision": options.precision.value,
+        "mixed": options.mixed,
         "calibration": inputs.calibration.sha256,
         "validation": inputs.validation.sha256,
         "versions": versions(),
@@ -358,9 +363,9 @@ def _drops(
     """Points that the target's file loses, which is exported and measured for that, and where they go."""
     only_target = replace(options, formats=(TARGETS[options.target],))
     weights = _weights_sha256(store)
-    results = deploy(
-        store, only_target, inputs, traced, last.network, Role.CONVERTED, weights, progress, plan, last.ranges
-    )
+    mixer = _mixer(store, options, inputs, plan, evaluator, progress)
+    made = partial(deploy, store, only_target, inputs, traced, mixer=mixer)
+    results = made(last.network, Role.CONVERTED, weights, progress, plan, last.ranges)
     points = []
     for role in (Role.CONVERTED, Role.ORIGINAL):
         target = target_result((*results, *originals), options, role)
@@ -369,6 +374,12 @@ def _drops(
             raise ContractError("the target's file was not measured")
         points.append(quality.drop_points)
     return Drops(points[0], measure_network(store, last.network, inputs, evaluator, progress).drop_points, points[1])
+
+
+def _mixer(
+    store: StageStore, options: ConvertOptions, inputs: Inputs, plan: Plan, evaluator: Evaluator, progress: Progress
+) -> Mixer | None:
+    return Mixer(store, options, inputs, plan, evaluator, progress) if options.mixed == "auto" else None
 
 
 def _weights_sha256(store: StageStore) -> str:

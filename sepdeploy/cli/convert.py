@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -52,6 +52,9 @@ __all__ = ["command"]
               help="Runtime that the result must be faster on.")  # fmt: skip
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "int8")),
               help="Precision that the result must be faster and accurate in.")  # fmt: skip
+@click.option("--mixed", default="none", show_default=True, type=click.Choice(("none", "auto")),
+              help="auto: in the target's int8 file, layers stay in float or have int8 weights only, where int8 is "
+              "slower on the target or --max-drop does not hold otherwise; for --precision int8.")  # fmt: skip
 @click.option("--formats", default="onnx,tflite", show_default=True, type=CommaList(("onnx", "tflite")),
               help="Files to make, each in all --precisions.")  # fmt: skip
 @click.option("--precisions", default="float32,int8", show_default=True, type=CommaList(("float32", "float16", "int8")),
@@ -92,6 +95,7 @@ def command(
     recoverable: float | None,
     target: str,
     precision: str,
+    mixed: Literal["none", "auto"],
     formats: tuple[str, ...],
     precisions: tuple[str, ...],
     lowering: tuple[str, ...],
@@ -145,6 +149,7 @@ def command(
         recoverable_points=recoverable,
         target=target,
         precision=Precision(precision),
+        mixed=mixed,
         formats=tuple(Format(name) for name in formats),
         precisions=tuple(precision for precision in Precision if precision.value in precisions),
         lowering=None if lowering == ("auto",) else lowering,

@@ -130,6 +130,7 @@ class ConvertOptions:
             None takes what they usually win back.
         target: Runtime that the promises are about.
         precision: Precision that the promises are about.
+        mixed: 'auto' lets layers of the target's int8 file compute in float where int8 is slower or too inaccurate.
         formats: Files to make.
         precisions: In which precisions: float32 and what is made from it.
         lowering: How separable forms are written down in the files: lowerings in the order of their application, none
@@ -166,6 +167,7 @@ class ConvertOptions:
     recoverable_points: float | None = None
     target: str = "ort"
     precision: Precision = Precision.FLOAT32
+    mixed: Literal["none", "auto"] = "none"
     formats: tuple[Format, ...] = (Format.ONNX, Format.TFLITE)
     precisions: tuple[Precision, ...] = (Precision.FLOAT32, Precision.INT8)
     lowering: tuple[str, ...] | None = None
@@ -195,6 +197,10 @@ class ConvertOptions:
             raise UsageError("--precisions must have float32: all other files are made from that one")
         if self.precision is Precision.FLOAT16:
             raise UsageError("--precision is float32 or int8: float16 files compute in float32 on most processors")
+        if self.mixed not in ("none", "auto"):
+            raise UsageError(f"--mixed is none or auto, got '{self.mixed}'")
+        if self.mixed == "auto" and self.precision is not Precision.INT8:
+            raise UsageError("--mixed auto is about the target's int8 file: add --precision int8")
         if self.precision not in self.precisions:
             raise UsageError(f"--precision {self.precision.value} is left out of --precisions; add it")
         if self.lowering is not None and len(set(self.lowering)) < len(self.lowering):

@@ -191,8 +191,14 @@ def _connected(path: Path | None) -> sqlite3.Connection:
 
 
 def _key(target: Mapping[str, object], dense: FusedBlock, block: FusedBlock) -> str:
-    data = [target, asdict(dense), asdict(block)]
+    data = [target, _block_data(dense), _block_data(block)]
     return sha256_of_bytes(json.dumps(data, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _block_data(block: FusedBlock) -> dict[str, object]:
+    data = asdict(block)
+    mixed = data.pop("mixed")  # left out where there is none, so that prices from before there was any are found
+    return data if mixed is None else {**data, "mixed": mixed.value}
 
 
 # Not through `core.codec`: it makes a validator at each call, and thousands of prices are read at once.

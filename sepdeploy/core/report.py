@@ -9,6 +9,7 @@ from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.int8 import Int8Proof, Int8Step
 from sepdeploy.core.measurement import Latency, Quality
 from sepdeploy.core.memory import ActivationMemory
+from sepdeploy.core.mixed import MixedPlan
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.training import RecoveryStep
 
@@ -234,6 +235,7 @@ class Report:
         checks: The promises.
         notes: Sentences that the user should read, such as what was assumed.
         selection: How the plan's cost was predicted and measured; None unless it was chosen layer by layer.
+        mixed: What `--mixed auto` came to; None without it.
     """
 
     version: str
@@ -263,6 +265,7 @@ class Report:
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
     selection: SelectionSummary | None = None
+    mixed: MixedPlan | None = None
 
     @property
     def is_success(self) -> bool:

@@ -10,6 +10,7 @@ from sepdeploy.core.artifact import Precision
 from sepdeploy.core.chain import ChainSum, Size
 from sepdeploy.core.conv import ConvSpec
 from sepdeploy.core.measurement import Method
+from sepdeploy.core.mixed import Arithmetic
 from sepdeploy.core.plan import Candidate, Kept
 from sepdeploy.errors import UsageError
 
@@ -31,6 +32,7 @@ class FusedBlock:
         activation: What follows.
         lowering: Lowerings that are applied to the form, in order.
         is_linear: Whether it stands for an nn.Linear, which runs as a matrix product.
+        mixed: How it computes inside of an int8 file, conversions around it included; None for the target's precision.
     """
 
     form: ChainSum
@@ -40,6 +42,7 @@ class FusedBlock:
     activation: Activation = ""
     lowering: tuple[str, ...] = ()
     is_linear: bool = False
+    mixed: Arithmetic | None = None
 
 
 @dataclass(frozen=True, slots=True)

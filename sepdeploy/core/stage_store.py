@@ -133,7 +133,11 @@ def locked(folder: Path) -> Iterator[None]:
             _lock(file)
         except OSError as error:
             raise UsageError(f"another run is writing to {folder}; wait for it or choose another --output") from error
-        for path in (folder, folder / "original", *(work / part for part in ("", "quality", "finetune", "hook"))):
+        for path in (
+            folder,
+            folder / "original",
+            *(work / part for part in ("", "quality", "int8", "finetune", "hook")),
+        ):
             remove_temporaries(path)
         yield
 

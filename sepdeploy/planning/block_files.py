@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.selection import FusedBlock
-from sepdeploy.errors import SepdeployError
+from sepdeploy.errors import ContractError, SepdeployError, ToolError
 from sepdeploy.planning.cut_files import cut_onnx, cut_tflite
 from sepdeploy.planning.fused_block import build_block, example_of
 
 __all__ = ["write_block_files"]
 
 _CALIBRATION_IMAGES = 4
+
+_BLOCKS = "blocks"
+"""Where `_Framed` holds them."""
 
 
 def write_block_files(
@@ -40,6 +44,8 @@ def write_block_files(
     Returns:
         The file of each block, in order, or a sentence that says why there is none.
     """
+    if any(block.mixed is not None for block in blocks):
+        return _mixed_files(blocks, folder, file_format)
     networks = [_built(block) for block in blocks]
     sound = {i: network for i, network in enumerate(networks) if isinstance(network, nn.Module)}
     paths: list[Path | str] = [network if isinstance(network, str) else "" for network in networks]
@@ -61,6 +67,46 @@ def write_block_files(
         except SepdeployError as error:
             paths[i] = str(error)
     return paths
+
+
+def _mixed_files(blocks: Sequence[FusedBlock], folder: Path, file_format: Format) -> list[Path | str]:
+    """Files of int8 blocks, and of the same with the block itself, but not its frame, computed otherwise."""
+    written: dict[FusedBlock, tuple[Path, Path] | str] = {}
+    paths: list[Path | str] = []
+    for i, block in enumerate(blocks):
+        plain = replace(block, mixed=None)
+        base = folder / f"int8-{len(written)}"
+        try:
+            if plain not in written:
+                int8_path = _written([plain], [build_block(plain)], base, file_format, Precision.INT8)
+                written[plain] = int8_path, Path(f"{base}.{file_format.value}")
+            files = written[plain]
+            if isinstance(files, str):
+                paths.append(files)
+            elif block.mixed is None:
+                paths.append(files[0])
+            else:
+                paths.append(_mixed(block, *files, folder / f"mixed-{i}.{file_format.value}", file_format))
+        except SepdeployError as error:
+            written.setdefault(plain, str(error))
+            paths.append(str(error))
+    return paths
+
+
+def _mixed(block: FusedBlock, int8: Path, source: Path, path: Path, file_format: Format) -> Path:
+    if block.mixed is None:
+        raise ContractError("a block in int8 is not mixed")
+    if file_format is Format.ONNX:
+        from sepdeploy.quantize.mixed_onnx import mix_onnx
+
+        unknown = mix_onnx(source, int8, path, {_BLOCKS: block.mixed}, is_block=True)
+    else:
+        from sepdeploy.quantize.mixed_tflite import mix_tflite
+
+        unknown = mix_tflite(source, int8, path, {"": block.mixed})  # it has no frame
+    if unknown:
+        raise ToolError("its operators are not found in its int8 file")
+    return path
 
 
 class _Framed(nn.Module):

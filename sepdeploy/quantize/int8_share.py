@@ -109,12 +109,10 @@ def _onnx_reason(node: onnx.NodeProto, view: OnnxView) -> FloatReason:
     has_int8_data, has_int8_weights = (view.is_dequantized(name) for name in node.input[:2])
     if has_int8_data and has_int8_weights and node.op_type in _NO_ONNX_KERNEL:
         return FloatReason.NO_KERNEL
-    if has_int8_weights and not has_int8_data and not view.is_quantized(node.output[0]):
-        return FloatReason.WEIGHTS_ONLY
     if not has_int8_weights:
         return FloatReason.WEIGHTS
     if not has_int8_data:
-        return FloatReason.INPUT
+        return FloatReason.WEIGHTS_ONLY
     return FloatReason.NOT_FUSED if view.is_quantized(node.output[0]) else FloatReason.OUTPUT
 
 

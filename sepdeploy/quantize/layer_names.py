@@ -19,7 +19,7 @@ def onnx_layer_name(node_name: str, weight_name: str) -> str:
     >>> onnx_layer_name("node_matmul", "view")
     'matmul'
     """
-    found = re.fullmatch(rf"{_WRAPPER}\.(.+)\.weight(_quantized|_DequantizeLinear_Output)?", weight_name)
+    found = re.fullmatch(rf"{_WRAPPER}\.(.+)\.weight(_quantized|_DequantizeLinear_Output|_float32)?", weight_name)
     return found[1] if found else node_name.removeprefix("node_")
 
 

@@ -39,6 +39,7 @@ from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.stages.int8 import Int8Network, prepare_network, range_images
 from sepdeploy.stages.int8_proof import prove_int8
 from sepdeploy.stages.load import Inputs
+from sepdeploy.stages.mixed import Mixer, explained, read_mixed
 from sepdeploy.version import __version__
 
 __all__ = [
@@ -121,6 +122,7 @@ def deploy(
     settled: tuple[PlaceRange, ...] = (),
     *,
     is_final: bool = False,
+    mixer: Mixer | None = None,
 ) -> list[ArtifactResult]:
     """Export and quantize one network to every format; the files' qualities and latencies are still open.
 
@@ -128,7 +130,8 @@ def deploy(
     chosen for each. Before, the network is prepared for int8 (`stages/int8.py`), once for all formats. An int8 file is
     quantized from the float32 file where both want the same form and the same weights, else from a float32 file of its
     own, `work/int8_source.*`. `settled` are the ranges that the network was trained with. Where
-    `is_final`, float16 files are made too, and what is reported of int8 files is looked up.
+    `is_final`, float16 files are made too, and what is reported of int8 files is looked up. A
+    `mixer` makes the converted network's int8 file of the target a mixed one.
 
     Raises:
         UsageError: if `options` name a lowering that does not exist.
@@ -160,11 +163,23 @@ def deploy(
         if int8_lowering != lowering or prepared.record.is_changed:
             source = store.work / f"int8_source.{role.value}.{file_format.value}"
             maker.export(file_format, source, int8_lowering)
-        maker.quantize(file_format, source, paths[Precision.INT8], int8_lowering)
+        is_mixed = mixer is not None and options.is_target_file(file_format, Precision.INT8)
+        if mixer is not None and is_mixed:
+            all_int8 = store.work / f"all_int8.{file_format.value}"
+            maker.quantize(file_format, source, all_int8, int8_lowering)
+            mixer.mix(
+                source,
+                all_int8,
+                paths[Precision.INT8],
+                int8_lowering,
+                is_channels_last=maker.transposes(file_format),
+            )
+        else:
+            maker.quantize(file_format, source, paths[Precision.INT8], int8_lowering)
         int8 = maker.result(file_format, Precision.INT8, paths[Precision.INT8])
         if is_final:
             proof = prove_int8(store, int8.artifact, source, inputs, options.seed, versions(), progress)
-            int8 = replace(int8, int8=proof)
+            int8 = replace(int8, int8=explained(proof, read_mixed(store)) if is_mixed else proof)
         results.append(int8)
     return results
 
@@ -253,7 +268,7 @@ class _FileMaker:
             if lowering:
                 network = copy_network(network)
                 lower_chains(network, (), lowering)
-            transposes = self._transposes(file_format)
+            transposes = self.transposes(file_format)
             with replacing(path) as temporary:
                 _export(network, self.batch[:1], temporary, file_format, is_channels_last=transposes)
                 # Against the network before its chains were lowered: so the lowering is checked too.
@@ -295,15 +310,16 @@ class _FileMaker:
         def make() -> None:
             self.progress.stage(f"quantizing the {self.role.value} {file_format.value} file to int8")
             with replacing(path) as temporary:
-                transposes = self._transposes(file_format)
+                transposes = self.transposes(file_format)
                 self._quantize(source, temporary, file_format, is_channels_last=transposes)
                 self.store.before_change()
 
-        self.store.run(f"quantize {self.role.value} {file_format.value}", key, (path,), make)
+        purpose = ", to be mixed" if path.parent == self.store.work else ""
+        self.store.run(f"quantize {self.role.value} {file_format.value}{purpose}", key, (path,), make)
 
     def result(self, file_format: Format, precision: Precision, path: Path) -> ArtifactResult:
         """The file with how far its outputs are from the network's."""
-        transposes = self._transposes(file_format)
+        transposes = self.transposes(file_format)
         artifact = Artifact.of_file(
             path, format=file_format, precision=precision, role=self.role, is_channels_last=transposes
         )
@@ -331,7 +347,7 @@ class _FileMaker:
 
             quantize_tflite(source, path, images(), **given)
 
-    def _transposes(self, file_format: Format) -> bool:
+    def transposes(self, file_format: Format) -> bool:
         """Whether the file takes NHWC where the network takes NCHW."""
         return file_format is Format.TFLITE and self.inputs.calibration.preprocess.layout == "NCHW"
 

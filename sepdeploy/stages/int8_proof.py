@@ -14,16 +14,23 @@ from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.int8 import Int8Proof
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.stage_store import StageStore
+from sepdeploy.data.images import ImageSet
 from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
 from sepdeploy.quantize.layer_sqnr import layer_sqnr_of_onnx, layer_sqnr_of_tflite
 from sepdeploy.stages.int8 import range_images
 from sepdeploy.stages.load import Inputs
 from sepdeploy.version import __version__
 
-__all__ = ["prove_int8"]
+__all__ = ["held_out_images", "prove_int8"]
 
 _IMAGES = 32
 """The ratios of a layer differ by tenths of a decibel between images."""
+
+
+def held_out_images(inputs: Inputs, seed: int) -> tuple[ImageSet, bool]:
+    """Calibration images that no range comes from, and whether they are that: with too few, any are taken."""
+    fit, held_out = range_images(inputs.calibration, seed)
+    return held_out.head(_IMAGES), held_out is not fit
 
 
 def prove_int8(
@@ -59,9 +66,7 @@ def prove_int8(
 
     def make() -> None:
         progress.stage(f"comparing the layers of the {artifact.role.value} int8 {artifact.format.value} file")
-        fit, images = range_images(inputs.calibration, seed)
-        is_held_out = images is not fit
-        images = images.head(_IMAGES)
+        images, is_held_out = held_out_images(inputs, seed)
 
         def as_file_takes() -> Iterator[np.ndarray]:
             for batch, _ in images.batches(1):

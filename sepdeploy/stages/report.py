@@ -16,6 +16,7 @@ from sepdeploy.core.files import sha256_of_file, write_text
 from sepdeploy.core.manifest import FileEntry, Manifest, RunRecord
 from sepdeploy.core.measurement import Quality
 from sepdeploy.core.memory import BYTES_PER_VALUE, MemoryProfile
+from sepdeploy.core.mixed import MixedPlan
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.receptive_field import receptive_field
@@ -31,6 +32,7 @@ from sepdeploy.stages.deploy import versions
 from sepdeploy.stages.fault import find_faults
 from sepdeploy.stages.guard import GuardRecord
 from sepdeploy.stages.load import Inputs, summarize_images
+from sepdeploy.stages.mixed import mixed_notes
 from sepdeploy.stages.reopen import RECORD
 from sepdeploy.version import __version__
 
@@ -78,6 +80,7 @@ def make_report(
     recovery: Sequence[RecoveryStep],
     qualities: Qualities,
     results: Sequence[ArtifactResult],
+    mixed: MixedPlan | None = None,
 ) -> Report:
     """Put everything that was measured together, with paths relative to the bundle."""
     folder = options.output_folder
@@ -134,8 +137,10 @@ def make_report(
             *_file_notes(options, in_bundle),
             *_int8_notes(in_bundle),
             *_selection_notes(guard),
+            *(() if mixed is None else mixed_notes(mixed)),
         ),
         selection=guard.selection,
+        mixed=mixed,
     )
 
 

@@ -104,7 +104,7 @@ def test_int8_conv(tmp_path: Path) -> None:
     ("options", "reason"),
     [
         ({"op_type": "ConvTranspose"}, FloatReason.NO_KERNEL),
-        ({"data": "float32"}, FloatReason.INPUT),
+        ({"data": "float32"}, FloatReason.WEIGHTS_ONLY),
         ({"data": "float32", "weights": "float32"}, FloatReason.WEIGHTS),
         ({"data": "float32", "is_output_float": True}, FloatReason.WEIGHTS_ONLY),
         ({"is_output_float": True}, FloatReason.OUTPUT),
@@ -117,15 +117,21 @@ def test_every_reason_of_onnx(tmp_path: Path, options: dict[str, object], reason
     assert int8_share_of_onnx(path) == Int8Proof(1024, 0, (FloatLayer("conv", op_type, 1024, reason),))
 
 
-def test_weights_only_tflite_is_not_called_int8(float_tflite: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe_name", "reason"),
+    [("weight_only_wi8_afp32", FloatReason.WEIGHTS_ONLY), ("dynamic_wi8_afp32", FloatReason.INPUT)],
+)
+def test_int8_weights_alone_are_not_called_int8(
+    float_tflite: Path, tmp_path: Path, recipe_name: str, reason: FloatReason
+) -> None:
     from ai_edge_quantizer import quantizer, recipe
 
-    result = quantizer.Quantizer(str(float_tflite), recipe.weight_only_wi8_afp32()).quantize()
+    result = quantizer.Quantizer(str(float_tflite), getattr(recipe, recipe_name)()).quantize()
     path = tmp_path / "weights.tflite"
     path.write_bytes(bytes(result.quantized_model))
     proof = int8_share_of_tflite(path)
     assert proof.int8_macs == 0
-    assert FloatReason.WEIGHTS_ONLY in {layer.reason for layer in proof.float_layers}
+    assert reason in {layer.reason for layer in proof.float_layers}
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 50])

@@ -1,0 +1,146 @@
+"""An int8 TFLite file with some layers in float, or with int8 weights only; all else as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sepdeploy.core.mixed import Arithmetic, is_within
+from sepdeploy.core.quiet import quiet, silenced_native_stderr
+from sepdeploy.quantize.drop_activations import drop_redundant_activations
+from sepdeploy.quantize.int8_share import TfliteLayer, tflite_layers
+from sepdeploy.quantize.tflite_io import with_io_type
+
+__all__ = ["mix_tflite"]
+
+
+def mix_tflite(source: Path, int8: Path, destination: Path, kept: Mapping[str, Arithmetic]) -> frozenset[str]:
+    """Write the int8 file with the layers in `kept` computed in float.
+
+    The float file is quantized once more, with the ranges that the int8 file has and without those layers; the weights
+    of the others are then those of `int8`, whatever they were made by. Input and outputs are of the types of `int8`.
+
+    Operators without weights of which only such layers read the output are in float as well.
+
+    Args:
+        source: The float32 file that `int8` was quantized from.
+        int8: A file whose tensors have the names of the float file's.
+        destination: The file to write.
+        kept: Layer of the network -> how it computes; '' stands for all.
+
+    Returns:
+        The layers in `kept` of which the file has no operator.
+    """
+    from ai_edge_quantizer import quantizer
+
+    layers = tflite_layers(source)
+    found = {name: [layer for layer in layers if is_within(layer.name, name)] for name in kept}
+    with quiet(), silenced_native_stderr():
+        engine = quantizer.Quantizer(str(source), _recipe(source, found, kept))
+        mixed = bytes(engine.quantize(_ranges(int8), enable_progress_report=False).quantized_model)
+    data = _with_weights_of(mixed, int8)
+    destination.write_bytes(with_io_type(drop_redundant_activations(data)[0], _io_type(int8)))
+    return frozenset(name for name, of_name in found.items() if not of_name)
+
+
+def _io_type(int8: Path) -> Literal["float32", "int8", "uint8"]:
+    """What the file takes and returns."""
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    (graph, *_) = flatbuffer_utils.read_model(str(int8)).subgraphs
+    types: dict[int, Literal["float32", "uint8"]] = {
+        schema.TensorType.FLOAT32: "float32",
+        schema.TensorType.UINT8: "uint8",
+    }
+    return types.get(graph.tensors[graph.inputs[0]].type, "int8")
+
+
+def _recipe(source: Path, found: Mapping[str, list[TfliteLayer]], kept: Mapping[str, Arithmetic]) -> Any:
+    """All in int8 but the operators that return these tensors."""
+    from ai_edge_litert.tools import flatbuffer_utils
+    from ai_edge_quantizer import qtyping, recipe, recipe_manager
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
+    (graph, *_) = flatbuffer_utils.read_model(str(source)).subgraphs
+    every = qtyping.TFLOperationName.ALL_SUPPORTED
+    arithmetics = {layer.output: kept[name] for name, layers in found.items() for layer in layers}
+    recipes = recipe_manager.RecipeManager()
+    recipes.load_quantization_recipe(recipe.static_wi8_ai8())
+    for output in (*arithmetics, *_feeding(graph, set(arithmetics), {layer.output for layer in tflite_layers(source)})):
+        scope = f"^{re.escape(graph.tensors[output].name.decode())};$"  # as the quantizer ends it
+        if arithmetics.get(output) is Arithmetic.WEIGHTS_ONLY:
+            recipes.add_weight_only_config(scope, every, num_bits=8)
+        else:
+            recipes.add_quantization_config(scope, every, algorithm_key=AlgorithmName.NO_QUANTIZE)
+    return recipes.get_quantization_recipe()
+
+
+def _feeding(graph: Any, in_float: set[int], layers: set[int]) -> list[int]:
+    """Outputs of operators other than layers that only operators in float read, from back to front."""
+    in_float = set(in_float)
+    readers: dict[int, list[Any]] = {}
+    for operator in graph.operators:
+        for tensor in operator.inputs:
+            readers.setdefault(tensor, []).append(operator)
+    found = []
+    for operator in reversed(graph.operators):
+        output = operator.outputs[0]
+        reading = readers.get(output, [])
+        if output in layers or output in graph.outputs or not reading or len(operator.outputs) > 1:
+            continue
+        if all(in_float.intersection(reader.outputs) for reader in reading):
+            in_float.add(output)
+            found.append(output)
+    return found
+
+
+def _ranges(int8: Path) -> dict[str, Any]:
+    """Name of each quantized activation -> the real numbers of its lowest and highest code."""
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    (graph, *_) = flatbuffer_utils.read_model(str(int8)).subgraphs
+    computed = {output for operator in graph.operators for output in operator.outputs} | set(graph.inputs)
+    limits = {schema.TensorType.INT8: (-128, 127), schema.TensorType.UINT8: (0, 255)}
+    ranges = {}
+    for i, tensor in enumerate(graph.tensors):
+        quantization = tensor.quantization
+        if tensor.type not in limits or quantization is None or quantization.scale is None:
+            continue
+        if i in computed and len(quantization.scale) == 1:
+            scale, zero_point = np.float32(quantization.scale[0]), int(quantization.zeroPoint[0])
+            low, high = ((code - zero_point) * scale for code in limits[tensor.type])
+            shape = [1] * len(tensor.shape)
+            ranges[tensor.name.decode()] = {
+                "min": np.full(shape, low, np.float32),
+                "max": np.full(shape, high, np.float32),
+            }
+    return ranges
+
+
+def _with_weights_of(mixed: bytes, int8: Path) -> bytes:
+    """The file with the integers, scales and zero points of every tensor that `int8` has in the same type."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    original = flatbuffer_utils.read_model(str(int8))
+    known = {tensor.name: tensor for tensor in original.subgraphs[0].tensors}
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(mixed))
+    for tensor in model.subgraphs[0].tensors:
+        other = known.get(tensor.name)
+        if other is None or other.type != tensor.type or list(other.shape) != list(tensor.shape):
+            continue
+        if other.quantization is None or other.quantization.scale is None:
+            continue
+        tensor.quantization.scale, tensor.quantization.zeroPoint = (
+            other.quantization.scale,
+            other.quantization.zeroPoint,
+        )
+        data = original.buffers[other.buffer].data
+        if data is not None and model.buffers[tensor.buffer].data is not None:
+            model.buffers[tensor.buffer].data = data
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))

@@ -1,0 +1,109 @@
+"""Files with some layers back in float: only those, with their activations, and everything else as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from sepdeploy.bench.session import open_session
+from sepdeploy.core.int8 import FloatReason, Int8Proof
+from sepdeploy.core.mixed import Arithmetic
+from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
+from sepdeploy.quantize.mixed_onnx import mix_onnx
+from sepdeploy.quantize.mixed_tflite import mix_tflite
+from sepdeploy.quantize.onnx_qdq import quantize_onnx
+from sepdeploy.quantize.tflite_int8 import quantize_tflite
+
+FLOAT, WEIGHTS = Arithmetic.FLOAT32, Arithmetic.WEIGHTS_ONLY
+Case = tuple[Path, Path, Callable[..., frozenset[str]], Callable[[Path], Int8Proof], bool]
+
+
+@pytest.fixture(scope="module", params=["onnx", "tflite"])
+def case(request: pytest.FixtureRequest, calibration: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The float file, the int8 file, what mixes them, what reads their share of int8, and the layout."""
+    source: Path = request.getfixturevalue(f"float_{request.param}")
+    int8 = tmp_path_factory.mktemp("mixed") / source.name
+    images = np.split(calibration, len(calibration))
+    if request.param == "onnx":
+        quantize_onnx(source, int8, images)
+        return source, int8, mix_onnx, int8_share_of_onnx, False
+    quantize_tflite(source, int8, [image.transpose(0, 2, 3, 1) for image in images])
+    return source, int8, mix_tflite, int8_share_of_tflite, True
+
+
+def outputs(path: Path, images: np.ndarray, *, is_channels_last: bool) -> np.ndarray:
+    return open_session(path, is_channels_last=is_channels_last).predict(images)[0].astype(np.float64)
+
+
+def sqnr(source: Path, path: Path, images: np.ndarray, *, is_channels_last: bool) -> float:
+    expected, found = (outputs(each, images, is_channels_last=is_channels_last) for each in (source, path))
+    return float(10 * np.log10((expected**2).sum() / ((expected - found) ** 2).sum()))
+
+
+def test_without_any_layer_nothing_changes(case: Case, validation: np.ndarray, tmp_path: Path) -> None:
+    source, int8, mix, share, is_channels_last = case
+    path = tmp_path / source.name
+    assert mix(source, int8, path, {}) == frozenset()
+    before, after = (outputs(each, validation, is_channels_last=is_channels_last) for each in (int8, path))
+    np.testing.assert_array_equal(after, before)
+    assert share(path).ratio == 1
+
+
+@pytest.mark.parametrize(("arithmetic", "reason"), [(FLOAT, FloatReason.WEIGHTS), (WEIGHTS, FloatReason.WEIGHTS_ONLY)])
+def test_only_what_is_named_is_in_float(
+    case: Case, tmp_path: Path, arithmetic: Arithmetic, reason: FloatReason
+) -> None:
+    source, int8, mix, share, _ = case
+    path = tmp_path / source.name
+    assert mix(source, int8, path, {"branch": arithmetic, "nowhere": FLOAT}) == {"nowhere"}
+    found = [(layer.name, layer.reason) for layer in share(path).float_layers]
+    assert sorted(found, key=lambda each: each[0]) == [
+        ("branch.0", reason),
+        ("branch.3", reason),
+    ]
+
+
+def test_all_in_float_is_the_float_file_but_for_its_ends(case: Case, validation: np.ndarray, tmp_path: Path) -> None:
+    source, int8, mix, share, is_channels_last = case
+    path = tmp_path / source.name
+    mix(source, int8, path, {"": FLOAT})
+    assert share(path).int8_macs == 0
+    mixed, quantized = (sqnr(source, each, validation, is_channels_last=is_channels_last) for each in (path, int8))
+    # Input and output have 8 bits still; a ReLU that got lost would cost tens of decibels.
+    assert mixed > quantized + 2
+
+
+def test_a_broken_layer_is_mended(
+    float_onnx: Path, calibration: np.ndarray, validation: np.ndarray, tmp_path: Path
+) -> None:
+    int8, broken, mended = (tmp_path / name for name in ("int8.onnx", "broken.onnx", "mended.onnx"))
+    quantize_onnx(float_onnx, int8, np.split(calibration, len(calibration)))
+    model = onnx.load(str(int8))
+    (scale,) = (each for each in model.graph.initializer if each.name == "model.branch.3.weight_scale")
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.5), scale.name))
+    onnx.save(model, str(broken))
+    was, is_broken = (sqnr(float_onnx, path, validation, is_channels_last=False) for path in (int8, broken))
+    assert is_broken < was - 6
+    mix_onnx(float_onnx, broken, mended, {"branch.3": FLOAT})
+    assert sqnr(float_onnx, mended, validation, is_channels_last=False) > was - 1
+    mix_onnx(float_onnx, broken, mended, {"branch.3": WEIGHTS})  # its weights are what is broken
+    assert sqnr(float_onnx, mended, validation, is_channels_last=False) < was - 6
+
+
+def test_operators_between_layers_in_float_are_in_float_too(
+    float_onnx: Path, calibration: np.ndarray, tmp_path: Path
+) -> None:
+    int8, path = tmp_path / "int8.onnx", tmp_path / "mixed.onnx"
+    quantize_onnx(float_onnx, int8, np.split(calibration, len(calibration)))
+    mix_onnx(float_onnx, int8, path, {"down": FLOAT, "head": FLOAT})
+    graph = onnx.load(str(path)).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    (pool,) = (node for node in graph.node if node.op_type == "GlobalAveragePool")
+    assert makers[pool.input[0]].op_type in {"Clip", "Conv"}  # and no DequantizeLinear
+    conv = next(node for node in graph.node if node.op_type == "Conv" and "branch" in node.input[1])
+    assert makers[conv.input[0]].op_type == "DequantizeLinear"
