@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 from sepdeploy.core.artifact import Precision
@@ -14,15 +13,15 @@ __all__ = ["QUANTIZATION_ADVICE", "find_faults", "is_beyond_transfer"]
 
 _ENOUGH_IMAGES = 256
 
-QUANTIZATION_ADVICE: Mapping[str, tuple[object, str]] = MappingProxyType(
+QUANTIZATION_ADVICE: Mapping[str, Callable[[ConvertOptions], bool]] = MappingProxyType(
     {
-        "qat": (True, "--qat"),
-        "mixed": ("auto", "--mixed auto"),
-        "calibration_method": ("auto", "--calibration-method auto"),
-        "adaptive_rounding": (True, "--adaptive-rounding"),
+        "--qat": lambda options: options.training.is_quantization_aware,
+        "--mixed auto": lambda options: options.mixed == "auto",
+        "--calibration-method auto": lambda options: options.int8.calibration_method == "auto",
+        "--adaptive-rounding": lambda options: options.int8.rounds_adaptively,
     }
 )
-"""Option -> the value that helps, and how it is written; what there is no option for is not advised."""
+"""What helps -> whether it was done already."""
 
 
 def find_faults(options: ConvertOptions, drops: Drops, images: int) -> tuple[Fault, ...]:
@@ -69,10 +68,9 @@ def _transfer_advice(options: ConvertOptions, images: int) -> Iterator[str]:
 
 
 def _quantization_advice(options: ConvertOptions, images: int) -> Iterator[str]:
-    known = {field.name for field in fields(options)}
-    for name, (value, text) in QUANTIZATION_ADVICE.items():
-        if name in known and getattr(options, name) != value:
-            yield text
+    for advice, is_done in QUANTIZATION_ADVICE.items():
+        if not is_done(options):
+            yield f"{advice} with --train" if advice == "--qat" and options.train is None else advice
     if images < _ENOUGH_IMAGES:
         yield f"more calibration images (there were {images})"
     yield "--precision float32"

@@ -1,7 +1,7 @@
 """The verdict names the stage at fault, and advises only what there is and is not done already."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +9,11 @@ import pytest
 
 from sepdeploy.cli.convert import command
 from sepdeploy.core.artifact import Format, Precision, Role
+from sepdeploy.core.int8 import Int8Options
 from sepdeploy.core.measurement import Quality
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.report import Drops
+from sepdeploy.core.training import TrainOptions
 from sepdeploy.stages.fault import QUANTIZATION_ADVICE, find_faults, is_beyond_transfer
 from sepdeploy.stages.report import _accuracy_check
 
@@ -76,11 +78,18 @@ def test_what_is_done_already_is_not_advised():
     for stage in ("transfer", "quantization"):
         assert "more calibration images (there were 30)" in advice(INT8, stage, images=30)
         assert not any("calibration images" in each for each in advice(INT8, stage))
-    known = {field.name for field in fields(ConvertOptions)}
-    for name, (value, text) in QUANTIZATION_ADVICE.items():
-        assert (text in advice(INT8, "quantization")) == (name in known)
-        if name in known:
-            assert text not in advice(replace(INT8, **{name: value}), "quantization")
+    done = {
+        "--qat": replace(INT8, train="images", training=TrainOptions(is_quantization_aware=True)),
+        "--mixed auto": replace(INT8, mixed="auto"),
+        "--calibration-method auto": INT8,
+        "--adaptive-rounding": replace(INT8, int8=Int8Options(rounds_adaptively=True)),
+    }
+    assert done.keys() == QUANTIZATION_ADVICE.keys()
+    open_to_all = replace(INT8, train="images", int8=Int8Options(calibration_method="minmax"))
+    for text, options in done.items():
+        assert text in advice(open_to_all, "quantization")
+        assert text not in advice(options, "quantization")
+    assert "--qat with --train" in advice(INT8, "quantization")
 
 
 def test_every_option_that_is_advised_exists():
