@@ -20,7 +20,7 @@ MEMORY = MemoryProfile((MemoryStep("", "input", 12), MemoryStep("cat", "concat",
 def checks(speedup=2.0, **selection):
     options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(**selection))
     converted = SimpleNamespace(
-        latency=SimpleNamespace(median_ms=3.0, speedup=speedup), artifact=SimpleNamespace(size_bytes=900)
+        measured=SimpleNamespace(cost=3.0, speedup=speedup), artifact=SimpleNamespace(size_bytes=900)
     )
     return {check.name: check for check in _limit_checks(options, converted, NETWORK, MEMORY)}
 
