@@ -45,7 +45,7 @@ def test_each_limit_is_checked(name, option, holds, is_broken, sentence):
 def test_an_original_that_holds_the_limits_is_no_failure(limit, names):
     options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(max_size_bytes=limit))
     artifact = SimpleNamespace(role=Role.CONVERTED, format=Format.ONNX, precision=Precision.FLOAT32, size_bytes=900)
-    result = SimpleNamespace(artifact=artifact, latency=None, quality=None)
+    result = SimpleNamespace(artifact=artifact, measured=None, quality=None)
     checks = report._checks(options, Plan("auto", SchemeOptions(), ()), [result], None, NETWORK, MEMORY)
     assert [check.name for check in checks] == names
     assert all(check.is_met for check in checks) == (limit == 800)
