@@ -85,8 +85,9 @@ class GuestFile:
         path: The file.
         runtime: Name and version of the runtime in the guest; empty if it did not come that far.
         error: Why there are no counts; empty if there are.
-        repeats: One region for each inference that counts.
+        repeats: One region for each burst of inferences that counts.
         blocks: What the regions' numbers mean.
+        burst: Inferences in each region.
     """
 
     path: Path
@@ -94,6 +95,7 @@ class GuestFile:
     error: str
     repeats: tuple[Region, ...] = ()
     blocks: tuple[Block, ...] = field(default=(), repr=False)
+    burst: int = 1
 
 
 def run_guest(
@@ -104,6 +106,7 @@ def run_guest(
     repeats: int = 3,
     warmup: int = 2,
     seed: int = 0,
+    bursts: Sequence[int] | None = None,
     inputs: Path | None = None,
     outputs: Path | None = None,
     still_seconds: float = _STILL_SECONDS,
@@ -116,9 +119,10 @@ def run_guest(
         core: Where.
         paths: ONNX and TFLite files.
         progress: Told what is going on.
-        repeats: Inferences that count.
+        repeats: Inferences, or bursts of them, that count.
         warmup: Inferences before them.
         seed: Of the random inputs.
+        bursts: Inferences in a row that make one that counts, for each file; None for 1.
         inputs: Folder with 0.npz, 1.npz, ... of the inputs instead (docker/arm64/bench.py).
         outputs: Folder for the same of the outputs.
         still_seconds: Most time for one file.
@@ -137,17 +141,9 @@ def run_guest(
     results: list[GuestFile] = []
     while len(results) < len(paths):
         first = len(results)
-        options = [
-            "--marks",
-            "--repeats",
-            str(repeats),
-            "--warmup",
-            str(warmup),
-            "--seed",
-            str(seed),
-            "--first",
-            str(first),
-        ]
+        numbers = {"--repeats": repeats, "--warmup": warmup, "--seed": seed, "--first": first}
+        options = ["--marks", *(text for name, value in numbers.items() for text in (name, str(value)))]
+        options += ["--bursts", ",".join(map(str, bursts[first:]))] if bursts else []
         for name, folder in (("--inputs", inputs), ("--outputs", outputs)):
             options += [name, str(folder.resolve())] if folder is not None else []
         arguments = [*options, *(str(path.resolve()) for path in paths[first:])]
@@ -250,7 +246,9 @@ def _run_once(
     for path, report in zip(paths[first:], reports, strict=False):
         own, regions = regions[: report["regions"]], regions[report["regions"] :]
         repeats = tuple(region.without(own[_NOTHING_REGIONS - 1]) for region in own[_NOTHING_REGIONS:])
-        results.append(GuestFile(path, report.get("runtime", ""), report.get("error", ""), repeats, blocks))
+        results.append(
+            GuestFile(path, report.get("runtime", ""), report.get("error", ""), repeats, blocks, report["burst"])
+        )
     if not has_finished and first + len(results) < len(paths):
         at_fault = paths[first + len(results)]
         results.append(

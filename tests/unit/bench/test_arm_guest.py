@@ -23,7 +23,9 @@ REGIONS = [
 
 
 def report(name: str, regions: int = 4, **more: object) -> str:
-    return json.dumps({"file": name, "threads": 1, "runs_ns": [], "regions": regions, "runtime": "runtime 1", **more})
+    return json.dumps(
+        {"file": name, "threads": 1, "burst": 1, "runs_ns": [], "regions": regions, "runtime": "runtime 1", **more}
+    )
 
 
 @pytest.fixture
