@@ -1,6 +1,7 @@
 """Tiny networks that do what real ones do wrong: one factory each, reached through the fixture `make_net`."""
 
 import importlib.util
+import shutil
 import types
 import warnings
 
@@ -13,6 +14,9 @@ from torch.nn.utils import parametrizations
 TOOLS = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "sklearn")
 """Optional packages without which tests are skipped."""
 
+PROGRAMS = ("qemu-aarch64", "llvm-mca-19", "mmdebstrap", "gcc", "aarch64-linux-gnu-objdump")
+"""Programs likewise; .ci/run has the command that installs them."""
+
 
 def pytest_addoption(parser):
     parser.addoption("--require-tools", action="store_true", help=f"fail if one of {', '.join(TOOLS)} is missing")
@@ -20,6 +24,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     missing = [name for name in TOOLS if importlib.util.find_spec(name) is None]
+    programs = [name for name in PROGRAMS if shutil.which(name) is None]
+    if programs and config.getoption("--require-tools"):
+        raise pytest.UsageError(f"--require-tools: {', '.join(programs)} cannot be found; .ci/run installs them")
     if missing and config.getoption("--require-tools"):
         raise pytest.UsageError(
             f"--require-tools: {', '.join(missing)} cannot be found; run pip install -e '.[tflite,test]'"

@@ -131,11 +131,13 @@ def print_report(report: Report, bundle: Path, *, as_json: bool) -> None:
     from sepdeploy.render.format_numbers import printable
     from sepdeploy.render.int8 import int8_results, int8_table
     from sepdeploy.render.summary import selection_sentence, verdict
-    from sepdeploy.render.terminal import artifacts_table, recovery_table, summary_table
+    from sepdeploy.render.terminal import artifacts_table, cycles_table, recovery_table, summary_table
 
     recovery = (recovery_table(report),) if report.recovery else ()
+    counts = {result.artifact.path: result.counts for result in report.artifacts if result.counts}
+    counted = (cycles_table(counts),) if counts else ()
     int8 = (int8_table(report),) if int8_results(report) else ()
-    print_tables(*recovery, summary_table(report), artifacts_table(report), *int8)
+    print_tables(*recovery, summary_table(report), artifacts_table(report), *counted, *int8)
     if sentence := selection_sentence(report):
         click.echo(sentence)
     for note in report.notes:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.int8 import Int8Proof, Int8Step
-from sepdeploy.core.measurement import Latency, Quality
+from sepdeploy.core.measurement import Counts, Latency, Measured, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.mixed import MixedPlan
 from sepdeploy.core.plan import Plan
@@ -112,6 +112,7 @@ class ArtifactResult:
         int8_steps: For int8 files: what was tried before quantizing.
         int8_note: For int8 files: why nothing could be tried.
         int8: For int8 files: the share of multiply-accumulates in int8, and what each layer loses.
+        counts: What it executes on the target, where that is an emulated core: then there is no latency.
     """
 
     artifact: Artifact
@@ -122,6 +123,12 @@ class ArtifactResult:
     int8_steps: tuple[Int8Step, ...] = ()
     int8_note: str = ""
     int8: Int8Proof | None = None
+    counts: Counts | None = None
+
+    @property
+    def measured(self) -> Measured | None:
+        """What it costs on the target's processor."""
+        return self.latency or self.counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +220,7 @@ class Report:
         arch: The architecture, as given.
         command: The command line, or the equivalent of a call from Python.
         seed: Seed of the run.
-        target: Runtime that the speed check is about: 'ort' or 'litert'.
+        target: Name of the target that the speed check is about.
         precision: Precision that both checks are about.
         max_drop_points: Most that the target's file may lose; None if there was no limit.
         guard_limit_points: Limit of the guard, which measures before recovery and after which quantization comes.

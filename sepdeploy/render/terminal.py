@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Size
 from sepdeploy.core.conv import ConvSite, Trace
-from sepdeploy.core.measurement import Latency, Quality
+from sepdeploy.core.measurement import Counts, Latency, LayerCounts, Quality
 from sepdeploy.core.plan import Candidate, Kept, Plan, Reason
 from sepdeploy.core.report import ArtifactResult, Report
 from sepdeploy.render.format_numbers import plural, three_digits, times_text
 from sepdeploy.render.summary import (
     common_method,
     cost_after,
+    counts_caption,
     environment_text,
     outcome_text,
     plan_sentence,
@@ -30,7 +31,17 @@ from sepdeploy.render.tables import NONE, Column, add_row, add_totals, kilo, mak
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["artifacts_table", "inspect_table", "latency_table", "plan_table", "recovery_table", "summary_table"]
+__all__ = [
+    "artifacts_table",
+    "counts_table",
+    "cycles_table",
+    "inspect_table",
+    "latency_table",
+    "layers_table",
+    "plan_table",
+    "recovery_table",
+    "summary_table",
+]
 
 CandidateTable = Mapping[str, Mapping[str, Candidate | Kept]]
 """Site name -> scheme name -> what the scheme offers for it."""
@@ -68,6 +79,8 @@ def recovery_table(report: Report) -> Table:
 def artifacts_table(report: Report) -> Table:
     """Every file with its size, quality and latency; a speedup is that over the reference of its runtime.
 
+    Files that were counted and not timed have no columns of latency (`cycles_table`).
+
     Format, precision and role stand in the file's name: 'original/model.int8.tflite'.
 
     Raises:
@@ -80,22 +93,24 @@ def artifacts_table(report: Report) -> Table:
         Column("size\n(MB)"),
         Column(f"{_QUALITY_HEADERS.get(basis, basis)}\n(%)"),
         Column("SQNR\n(dB)"),
-        *_TIME_COLUMNS,
-        _SPEEDUP_COLUMN,
     ]
-    table = make_table("Files", columns, caption=_measurement_caption(latencies))
+    if any(result.counts for result in report.artifacts):
+        table = make_table("Files", columns)
+        for result in report.artifacts:
+            add_row(table, result.artifact.path, *_quality_cells(result))
+        return table
+    table = make_table("Files", [*columns, *_TIME_COLUMNS, _SPEEDUP_COLUMN], caption=_measurement_caption(latencies))
     for result in report.artifacts:
-        add_row(table, result.artifact.path, *_artifact_cells(result))
+        times = (*_time_cells(result.latency), _speedup_cell(result.latency))
+        add_row(table, result.artifact.path, *_quality_cells(result), *times)
     return table
 
 
-def _artifact_cells(result: ArtifactResult) -> Iterable[str]:
+def _quality_cells(result: ArtifactResult) -> Iterable[str]:
     quality = result.quality
     yield three_digits(result.artifact.size_bytes / 1e6)
     yield _quality_cell(quality)
     yield NONE if quality is None or quality.sqnr_db is None else f"{quality.sqnr_db:.1f}"
-    yield from _time_cells(result.latency)
-    yield _speedup_cell(result.latency)
 
 
 def _quality_cell(quality: Quality | None) -> str:
@@ -133,6 +148,77 @@ def latency_table(results: Mapping[str, Latency]) -> Table:
     for name, latency in results.items():
         add_row(table, name, *_time_cells(latency), f"{latency.repeats:,}", _speedup_cell(latency))
     return table
+
+
+def cycles_table(results: Mapping[str, Counts]) -> Table:
+    """The cycles that a model of an Arm core gives to files, and the milliseconds at its stated clock."""
+    columns = [
+        Column("file", "name"),
+        *map(Column, ("instructions\n(M)", "kcycles\nlow", "kcycles\nhigh", "ms\nlow - high", "times fewer\ncycles")),
+    ]
+    table = make_table("Modelled cycles of one inference", columns, caption=counts_caption(results.values()))
+    for name, counts in results.items():
+        times = f"{three_digits(counts.low_ms)} - {three_digits(counts.high_ms)}"
+        cycles = (three_digits(counts.kcycles_low), three_digits(counts.kcycles_high), times)
+        add_row(table, name, mega(counts.instructions), *cycles, _fewer_cell(counts))
+    return table
+
+
+def layers_table(name: str, layers: Sequence[LayerCounts]) -> Table:
+    """What each layer of a file executes; they sum to the whole."""
+    columns = [
+        Column("layer", "name"),
+        *map(
+            Column,
+            ("instructions\n(k)", "MACs\n(k)", "L1 misses", "kcycles\nlow", "kcycles\nhigh", "share of\nlow (%)"),
+        ),
+    ]
+    table = make_table(
+        f"Layer by layer: {name}",
+        columns,
+        caption="A layer is the difference of two runs, without it and with it: below 0 where the runtime does the "
+        "rest in another way then. Cycles are modelled.",
+    )
+    whole = sum(layer.kcycles_low for layer in layers) or 1.0
+    for layer in layers:
+        counts = (kilo(layer.instructions), kilo(layer.macs), f"{layer.l1_misses:,}")
+        cycles = (three_digits(layer.kcycles_low), three_digits(layer.kcycles_high))
+        add_row(table, layer.name, *counts, *cycles, f"{100 * layer.kcycles_low / whole:.1f}")
+    return table
+
+
+def counts_table(results: Mapping[str, Counts]) -> Table:
+    """What files execute on an emulated core, in thousands; one column for each file."""
+    names = dict(enumerate(results, 1))
+    table = make_table(
+        "Counted under emulation, one inference (thousands)",
+        [Column("", "name"), *(Column(f"file {place}") for place in names)],
+        caption="\n".join(f"file {place}: {name}" for place, name in names.items()),
+    )
+    files = tuple(results.values())
+    sums = {name: sum(each.classes.get(name, 0) for each in files) for each in files for name in each.classes}
+    rows = {
+        "multiply-accumulates of all lanes": [each.macs for each in files],
+        "loads": [each.classes_sum("load") for each in files],
+        "stores": [each.classes_sum("store") for each in files],
+        "bytes loaded": [each.loaded_bytes for each in files],
+        "bytes stored": [each.stored_bytes for each in files],
+        "L1 misses": [each.l1_misses for each in files],
+        "L2 misses": [each.l2_misses for each in files],
+        "instructions": [each.instructions for each in files],
+    } | {
+        f"  {name.replace('_', ' ')}": [each.classes.get(name, 0) for each in files]
+        for name in sorted(sums, key=lambda name: -sums[name])
+    }
+    for name, values in rows.items():
+        add_row(table, name, *map(kilo, values))
+    return table
+
+
+def _fewer_cell(counts: Counts) -> str:
+    if counts.speedup is None:
+        return "reference"
+    return f"{times_text(counts.speedup)}\n{counts.speedup_low:.2f} - {counts.speedup_high:.2f}"
 
 
 def _measurement_caption(latencies: Iterable[Latency]) -> str:

@@ -26,3 +26,12 @@ def test_missing_tools_end_the_run_only_if_they_are_required(configure, monkeypa
     with pytest.raises(pytest.UsageError, match="--require-tools: litert_torch, sklearn cannot be found"):
         configure(True)
     configure(False)
+
+
+def test_missing_programs_end_the_run_too(configure, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        pytest.UsageError, match=r"--require-tools: qemu-aarch64, llvm-mca-19, .*; \.ci/run installs them"
+    ):
+        configure(True)
+    configure(False)
