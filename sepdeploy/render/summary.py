@@ -300,9 +300,10 @@ def common_method(latencies: Iterable[Latency]) -> Method | None:
 
 def environment_text(environment: Environment) -> str:
     """Where numbers come from, such as 'onnxruntime 1.31.1, 1 thread, AMD EPYC (2 cores), Linux x86_64'."""
+    conditions = "".join(f", {condition}" for condition in environment.conditions)
     return printable(
         f"{environment.runtime}, {plural(environment.threads, 'thread')}, {environment.cpu}"
-        f" ({plural(environment.cores, 'core')}), {environment.system}"
+        f" ({plural(environment.cores, 'core')}), {environment.system}{conditions}"
     )
 
 
