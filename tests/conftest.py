@@ -1,6 +1,8 @@
 """Tiny networks that do what real ones do wrong: one factory each, reached through the fixture `make_net`."""
 
 import importlib.util
+import os
+import shutil
 import types
 import warnings
 
@@ -13,9 +15,14 @@ from torch.nn.utils import parametrizations
 TOOLS = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "sklearn")
 """Optional packages without which tests are skipped."""
 
+PROGRAMS = {"sshd": "openssh-server", "ssh": "openssh-client"}
+"""Optional programs without which tests are skipped -> the Debian package that brings them."""
+
 
 def pytest_addoption(parser):
-    parser.addoption("--require-tools", action="store_true", help=f"fail if one of {', '.join(TOOLS)} is missing")
+    parser.addoption(
+        "--require-tools", action="store_true", help=f"fail if one of {', '.join((*TOOLS, *PROGRAMS))} is missing"
+    )
 
 
 def pytest_configure(config):
@@ -24,6 +31,30 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"--require-tools: {', '.join(missing)} cannot be found; run pip install -e '.[tflite,test]'"
         )
+    programs = [name for name in PROGRAMS if find_program(name) is None]
+    if programs and config.getoption("--require-tools"):
+        packages = " ".join(dict.fromkeys(PROGRAMS[name] for name in programs))
+        raise pytest.UsageError(
+            f"--require-tools: {', '.join(programs)} cannot be found; run apt-get install {packages}"
+        )
+
+
+def find_program(name):
+    """Path of a program, of those for administrators too; None if it is not installed."""
+    return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin")))
+
+
+@pytest.fixture(scope="session")
+def program():
+    """`program(name)` is the path of one of PROGRAMS; the test is skipped if it is not installed."""
+
+    def find(name):
+        path = find_program(name)
+        if path is None:
+            pytest.skip(f"{name} is not installed: apt-get install {PROGRAMS[name]}")
+        return path
+
+    return find
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -132,6 +132,7 @@ def _run_child(header: dict[str, Any], folder: str) -> NoReturn:
         os.dup2(null, 0)
         site = os.path.join(folder, _SITE)  # noqa: PTH118
         os.environ.update(header["environment"])
+        os.environ["TMPDIR"] = folder  # runtimes leave files of their own there
         if header["python"]:
             path = os.pathsep.join(place for place in (site, os.environ.get("PYTHONPATH")) if place)
             os.environ["PYTHONPATH"] = path

@@ -9,16 +9,13 @@ from pathlib import Path
 
 __all__ = ["emulator"]
 
-# From the ELF specification: e_machine, and what `uname -m` says on such a machine.
-_ELF_MACHINES = {
-    3: ("i386", "i686", "i586", "i486"),
-    40: ("armv5tel", "armv6l", "armv7l", "armv8l", "arm"),
-    62: ("x86_64", "amd64"),
-    183: ("aarch64", "arm64"),
-    243: ("riscv64", "riscv32"),
+# Architecture -> e_machine of its programs in the ELF specification, and what `uname -m` says there. Kernels of 64 bits
+# run programs of 32 bits by themselves.
+_ARCHITECTURES = {
+    "x86": ((3, 62), re.compile(r"i[3-6]86|x86_64|amd64")),
+    "Arm": ((40, 183), re.compile(r"arm.*|aarch64.*")),
+    "RISC-V": ((243,), re.compile(r"riscv.*")),
 }
-_SAME_KERNEL = ({"i386", "x86_64"}, {"armv7l", "aarch64"})
-"""A 64-bit kernel runs 32-bit programs by itself."""
 
 _EMULATORS = re.compile(r"/[^/\n]*(qemu|rosetta|box64|fex)[^/\n]*$", re.MULTILINE | re.IGNORECASE)
 _X86_LINES = re.compile(r"^vendor_id\s*:\s*(GenuineIntel|AuthenticAMD)", re.MULTILINE)
@@ -36,23 +33,21 @@ def emulator(proc: Path = Path("/proc"), machine: str | None = None) -> str | No
         machine: What the process takes its processor for; None asks `platform`.
 
     Returns:
-        A phrase, such as 'qemu-aarch64 on an x86_64 processor'.
+        A phrase, such as 'qemu-aarch64 on x86'.
     """
-    machine = machine or platform.machine()
+    machine = (machine or platform.machine()).lower()
     own = proc / "thread-self"
-    real = _elf_machine(own / "exe")
     name = _emulator_name(own / "maps")
-    if real is not None and not _is_native(real, machine):
-        return f"{name or 'an emulator'} on an {real} processor"
-    if name is not None:
-        return name
-    if machine in _ELF_MACHINES[183] and _X86_LINES.search(_text(proc / "cpuinfo")):
-        return "an emulator on an x86_64 processor"
-    return None
+    real = _architecture_of(own / "exe")
+    if real is None and _X86_LINES.search(_text(proc / "cpuinfo")):
+        real = "x86"
+    if real is not None and not _ARCHITECTURES[real][1].fullmatch(machine):
+        return f"{name or 'an emulator'} on {real}"
+    return name
 
 
-def _elf_machine(path: Path) -> str | None:
-    """Processor that a program is for."""
+def _architecture_of(path: Path) -> str | None:
+    """Architecture that a program is for; None if it cannot be read or is for one that is not known here."""
     try:
         with path.open("rb") as file:
             header = file.read(20)
@@ -61,16 +56,7 @@ def _elf_machine(path: Path) -> str | None:
     if len(header) < 20 or header[:4] != b"\x7fELF":
         return None
     (number,) = struct.unpack("<H" if header[5] == 1 else ">H", header[18:20])
-    names = _ELF_MACHINES.get(number)
-    return names[0] if names else None
-
-
-def _is_native(real: str, machine: str) -> bool:
-    names = next(names for names in _ELF_MACHINES.values() if real in names)
-    if machine in names:
-        return True
-    own = next((each[0] for each in _ELF_MACHINES.values() if machine in each), machine)
-    return any({real, own} <= pair or (real in pair and machine in pair) for pair in _SAME_KERNEL)
+    return next((name for name, (numbers, _) in _ARCHITECTURES.items() if number in numbers), None)
 
 
 def _emulator_name(maps: Path) -> str | None:

@@ -26,3 +26,10 @@ def test_missing_tools_end_the_run_only_if_they_are_required(configure, monkeypa
     with pytest.raises(pytest.UsageError, match="--require-tools: litert_torch, sklearn cannot be found"):
         configure(True)
     configure(False)
+
+
+def test_so_do_missing_programs(configure, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name, path: None if name == "sshd" else name)
+    with pytest.raises(pytest.UsageError, match="--require-tools: sshd cannot be found; run apt-get install openssh-"):
+        configure(True)
+    configure(False)
