@@ -45,7 +45,7 @@ def _emulator() -> Need:
         return Need(
             name, problem=f"{path} takes no plugins (a static build)", packages=("qemu-user", "qemu-user-static-")
         )
-    version = re.search(r"version (\S+)", text)
+    version = re.search(r"version (\d\S*)", text)
     return Need(name, found=f"{path}, version {version[1]}" if version else path)
 
 

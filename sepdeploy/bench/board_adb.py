@@ -34,6 +34,7 @@ _STARTUP_SECONDS = 30.0
 _COUNTED = re.compile(
     r"count=(\d+)[^\n]*?\bmin=(\d+)[^\n]*?\bmax=\d+[^\n]*?\bavg=([0-9.e+]+)(?:[^\n]*?\bmedian=(\d+))?"
 )
+_SUM = "Inference (avg)"
 _LONE = re.compile(r"count=1 curr=(\d+)")
 
 
@@ -185,17 +186,18 @@ def _blocks(device: AdbDevice, folder: str, count: int, threads: int, seconds: f
 
 
 def _parsed(text: str) -> _Block:
-    """The last statistics that the program prints: those before are of the warm-up.
+    """The last statistics before the program sums up: those before are of the warm-up.
 
-    >>> _parsed("count=50 first=9 curr=8 min=7 max=12 avg=8.5 std=1 p5=7 median=8 p95=11").middle_ms
+    >>> _parsed("count=50 first=9 curr=8 min=7 max=12 avg=8.5 std=1 p5=7 median=8 p95=11, Inference (avg): 8").middle_ms
     0.008
     """
-    found = list(_COUNTED.finditer(text))
+    text, is_complete, _ = text.partition(_SUM)
+    found = list(_COUNTED.finditer(text)) if is_complete else []
     if found:
         runs, minimum, average, middle = found[-1].groups()
         value = float(middle) if middle else float(average)
         return _Block(int(runs), value / 1e3, int(minimum) / 1e3, middle is not None)
-    alone = list(_LONE.finditer(text))
+    alone = list(_LONE.finditer(text)) if is_complete else []
     if alone:
         return _Block(1, int(alone[-1][1]) / 1e3, int(alone[-1][1]) / 1e3, is_median=True)
     raise ToolError(
@@ -285,6 +287,6 @@ def adb_needs(target: str) -> tuple[Need, ...]:
     try:
         state = device.run(["get-state"], "looking for it").output.strip()
     except ToolError as error:
-        problem, _, fix = str(error).partition("; ")
+        problem, _, fix = str(error).removeprefix(f"{device.name}: ").partition("; ")
         return found, Need("the device", problem=problem, fix=fix or "adb devices")
     return found, Need("the device", found=state)

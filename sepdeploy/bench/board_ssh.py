@@ -168,7 +168,7 @@ def ssh_needs(target: str) -> tuple[Need, ...]:
     except UsageError:
         raise
     except SepdeployError as error:
-        problem, _, fix = str(error).partition("; ")
+        problem, _, fix = str(error).removeprefix(f"{board.name}: ").partition("; ")
         return found, Need("the board", problem=problem, fix=fix)
     runtimes = ", ".join(reply.outcome.values())
     python = ".".join(map(str, reply.python))

@@ -31,13 +31,13 @@ DEFAULT_IMAGE = "sepdeploy-arm64"
 _ANSWER_SECONDS = 30.0
 
 
-def docker(arguments: Sequence[str], *, purpose: str, limit_seconds: float = _ANSWER_SECONDS) -> Finished:
+def docker(arguments: Sequence[str], *, purpose: str, limit_seconds: float | None = None) -> Finished:
     """Run one docker command; DOCKER_HOST and contexts are the client's affair.
 
     Args:
         arguments: What comes after 'docker'.
         purpose: What it does for the user, for messages.
-        limit_seconds: How long it may take.
+        limit_seconds: How long it may take; None for a question that is answered at once.
 
     Raises:
         ToolError: if there is no client or it takes too long.
@@ -45,7 +45,8 @@ def docker(arguments: Sequence[str], *, purpose: str, limit_seconds: float = _AN
     path = find_program("docker")
     if path is None:
         raise ToolError(f"{purpose}: docker is not installed; sepdeploy doctor 'docker:*' says how to install it")
-    return run_program([path, *arguments], limit_seconds=limit_seconds, purpose=purpose)
+    limit = _ANSWER_SECONDS if limit_seconds is None else limit_seconds
+    return run_program([path, *arguments], limit_seconds=limit, purpose=purpose)
 
 
 def docker_error(finished: Finished, purpose: str) -> ToolError:
@@ -132,7 +133,10 @@ def _diagnosis(message: str) -> tuple[str, str]:
 
 
 def _how_to_start() -> str:
-    return "open -a Docker" if sys.platform == "darwin" else "sudo systemctl start docker"
+    if sys.platform == "darwin":
+        return "open -a Docker"
+    has_systemd = Path("/run/systemd/system").is_dir()
+    return "sudo systemctl start docker" if has_systemd else "sudo service docker start"
 
 
 def _missing_client() -> Need:

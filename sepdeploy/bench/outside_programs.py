@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from sepdeploy.errors import ToolError
@@ -66,12 +67,12 @@ def run_program(
             env=environment,
         )
     except OSError as error:
-        raise ToolError(f"{purpose}: {command[0]} cannot be started: {error.strerror or error}") from error
+        raise ToolError(f"{purpose}: {Path(command[0]).name} cannot be started: {error.strerror or error}") from error
     try:
         output, errors = process.communicate(timeout=limit_seconds)
     except subprocess.TimeoutExpired as error:
         raise ToolError(
-            f"{purpose} took more than {limit_seconds:g} s and was stopped: {command[0]} does not answer"
+            f"{purpose} took more than {limit_seconds:g} s and was stopped: {Path(command[0]).name} does not answer"
         ) from error
     finally:
         end_group(process)
