@@ -13,10 +13,20 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-SOURCES = {"sepdeploy": "sepdeploy", "models": "sepdeploy/models", "calibration": "sepdeploy/calibration"}
+SOURCES = {
+    "sepdeploy": "sepdeploy",
+    "models": "sepdeploy/models",
+    "calibration": "sepdeploy/calibration",
+    "docker": "sepdeploy/docker",
+}
 DATA = {
     "sepdeploy/DESIGN.md",
     "sepdeploy/calibration/digits.toml",
+    "sepdeploy/docker/arm64/a64.h",
+    "sepdeploy/docker/arm64/armcount.c",
+    "sepdeploy/docker/arm64/cpuinfo/cortex-a72",
+    "sepdeploy/docker/arm64/link_cores.sh",
+    "sepdeploy/docker/arm64/make_root.sh",
     "sepdeploy/models/digits.pt",
     "sepdeploy/py.typed",
     "sepdeploy/render/report.html.j2",

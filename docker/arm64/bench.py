@@ -1,0 +1,207 @@
+"""Runs ONNX and TFLite files where they will live: in an emulated Arm root, a container or on a board.
+
+Needs Python 3.8, numpy and the runtime of the files (onnxruntime, ai-edge-litert or tflite-runtime), nothing of
+sepdeploy. Prints one JSON object per file, in order, and `{"end": true}` at last: so a reader knows which file a crash
+is about.
+
+    {"file": "a.tflite", "threads": 1, "runs_ns": [5151, ...], "regions": 5, "runtime": "ai-edge-litert 2.3.0"}
+    {"file": "b.onnx", "threads": 1, "runs_ns": [], "regions": 0, "error": "..."}
+
+`runs_ns` are wall-clock times: on a real processor they are latencies, under emulation they mean nothing. With --marks
+every run that counts stands between two marks of the counting plugin (armcount.c), after two pairs of marks around a
+run of nothing; `regions` counts the pairs, for files that failed as well.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+MARK = 0x5344
+BEGIN, END = 0, 1
+
+ONNX_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(int16)": "int16",
+    "tensor(uint16)": "uint16",
+    "tensor(int32)": "int32",
+    "tensor(uint32)": "uint32",
+    "tensor(int64)": "int64",
+    "tensor(uint64)": "uint64",
+    "tensor(bool)": "bool",
+}
+
+
+def main():
+    """Run every file that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=2, help="runs before the first that counts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs that count, at least")
+    parser.add_argument("--seconds", type=float, default=0.0, help="go on with timed runs for so long")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--inputs", type=Path, help="folder with 0.npz, 1.npz, ... of the files' inputs, '0', '1', ...")
+    parser.add_argument("--outputs", type=Path, help="folder that the same of the outputs is written to")
+    parser.add_argument("--marks", action="store_true", help="mark runs for the counting plugin")
+    arguments = parser.parse_args()
+    for place, path in enumerate(arguments.files):
+        report = {"file": str(path), "threads": arguments.threads, "runs_ns": [], "regions": 0}
+        try:
+            run_file(path, place, arguments, report)
+        except Exception as error:  # one bad file of many: the others are run
+            report["error"] = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        print(json.dumps(report), flush=True)
+    print(json.dumps({"end": True}), flush=True)
+
+
+def run_file(path, place, arguments, report):
+    """Warm one file up, run it as often as asked, and say how it went in `report`."""
+    import numpy as np
+
+    network = OnnxNetwork(path, arguments.threads) if path.suffix == ".onnx" else LitertNetwork(path, arguments.threads)
+    report["runtime"] = network.runtime
+    if arguments.inputs is not None:
+        with np.load(arguments.inputs / f"{place}.npz") as arrays:
+            inputs = [arrays[str(i)] for i in range(len(arrays.files))]
+    else:
+        rng = np.random.default_rng(arguments.seed)
+        inputs = [random_input(shape, np.dtype(dtype), rng) for shape, dtype in network.inputs]
+    network.set_inputs(inputs)
+    for _ in range(max(1, arguments.warmup)):
+        network.run()
+    measure_runs(network.run, arguments, report)
+    if arguments.outputs is not None:
+        outputs = {str(i): output for i, output in enumerate(network.outputs())}
+        np.savez(arguments.outputs / f"{place}.npz", **outputs)
+
+
+def measure_runs(run, arguments, report):
+    """Add the nanoseconds of each run that counts, and how many regions were marked."""
+    if arguments.marks:
+        syscall = ctypes.CDLL(None).syscall
+        syscall.argtypes = [ctypes.c_long, ctypes.c_long]
+    else:
+
+        def syscall(number, what):
+            pass
+
+    runs_ns = report["runs_ns"]
+    end_ns = time.perf_counter_ns() + int(arguments.seconds * 1e9)
+    gc.collect()
+    gc.disable()
+    try:
+        for function in (nothing, nothing):  # the first call of anything is a little different
+            report["regions"] += arguments.marks
+            syscall(MARK, BEGIN)
+            function()
+            syscall(MARK, END)
+        while len(runs_ns) < arguments.repeats or time.perf_counter_ns() < end_ns:
+            report["regions"] += arguments.marks
+            start_ns = time.perf_counter_ns()
+            syscall(MARK, BEGIN)
+            run()
+            syscall(MARK, END)
+            runs_ns.append(time.perf_counter_ns() - start_ns)
+    finally:
+        gc.enable()
+
+
+def nothing():
+    """Take the time of a call."""
+
+
+def random_input(shape, dtype, rng):
+    """Random values that any network can digest: normal floats, 8-bit integers, and 0 or 1 for wider ones (indices)."""
+    import numpy as np
+
+    if np.issubdtype(dtype, np.floating):
+        return rng.standard_normal(shape).astype(dtype)
+    if dtype in (np.dtype(np.int8), np.dtype(np.uint8)):
+        info = np.iinfo(dtype)
+        return rng.integers(info.min, info.max, size=shape, dtype=dtype, endpoint=True)
+    return rng.integers(0, 2, size=shape).astype(dtype)
+
+
+class OnnxNetwork:
+    """An ONNX file in onnxruntime."""
+
+    def __init__(self, path, threads):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.runtime = "onnxruntime " + onnxruntime.__version__
+        self.names = [value.name for value in self.session.get_inputs()]
+        self.inputs = [
+            ([size if isinstance(size, int) else 1 for size in value.shape], ONNX_TYPES[value.type])
+            for value in self.session.get_inputs()
+        ]
+        self.binding = self.session.io_binding()
+        self.run = self.call
+
+    def set_inputs(self, inputs):
+        """Bind what every run reads, and the buffers that it writes."""
+        for name, value in zip(self.names, inputs):
+            self.binding.bind_cpu_input(name, value)
+        for output in self.session.get_outputs():
+            self.binding.bind_output(output.name)
+
+    def call(self):
+        """One inference."""
+        self.session.run_with_iobinding(self.binding)
+
+    def outputs(self):
+        """What the last run computed."""
+        return self.binding.copy_outputs_to_cpu()
+
+
+class LitertNetwork:
+    """A TFLite file in LiteRT's interpreter, with its default delegate for the processor (XNNPACK)."""
+
+    def __init__(self, path, threads):
+        interpreter_class, self.runtime = interpreter_of_tflite()
+        self.interpreter = interpreter_class(model_path=str(path), num_threads=threads)
+        self.interpreter.allocate_tensors()
+        self.details = self.interpreter.get_input_details()
+        self.inputs = [([int(size) for size in each["shape"]], each["dtype"]) for each in self.details]
+        self.run = self.interpreter.invoke
+
+    def set_inputs(self, inputs):
+        """Fill the tensors that every run reads."""
+        for detail, value in zip(self.details, inputs):
+            self.interpreter.set_tensor(detail["index"], value)
+
+    def outputs(self):
+        """What the last run computed."""
+        return [self.interpreter.get_tensor(each["index"]) for each in self.interpreter.get_output_details()]
+
+
+def interpreter_of_tflite():
+    """The interpreter's class, with name and version of its package."""
+    from importlib.metadata import version
+
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+
+        return Interpreter, "ai-edge-litert " + version("ai-edge-litert")
+    except ImportError:
+        from tflite_runtime.interpreter import Interpreter
+
+        return Interpreter, "tflite-runtime " + version("tflite-runtime")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    sys.exit(main())
