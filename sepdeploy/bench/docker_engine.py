@@ -17,6 +17,7 @@ from sepdeploy.errors import ToolError
 __all__ = [
     "DEFAULT_IMAGE",
     "build_command",
+    "diagnosis",
     "docker",
     "docker_error",
     "docker_needs",
@@ -52,7 +53,7 @@ def docker(arguments: Sequence[str], *, purpose: str, limit_seconds: float | Non
 def docker_error(finished: Finished, purpose: str) -> ToolError:
     """What a docker command failed with, as one sentence with the next step."""
     message = finished.errors.strip() or finished.output
-    problem, fix = _diagnosis(message)
+    problem, fix = diagnosis(message)
     advice = f"; {fix}" if fix else ""
     return ToolError(f"{purpose}: {problem}{advice}", stderr=message)
 
@@ -110,11 +111,11 @@ def _engine_need() -> Need:
         return Need(name, problem=str(error), fix=_how_to_start())
     if asked.code == 0 and asked.output.strip():
         return Need(name, found=asked.output.strip())
-    problem, fix = _diagnosis(asked.errors or asked.output)
+    problem, fix = diagnosis(asked.errors or asked.output)
     return Need(name, problem=problem, fix=fix)
 
 
-def _diagnosis(message: str) -> tuple[str, str]:
+def diagnosis(message: str, image: str = DEFAULT_IMAGE) -> tuple[str, str]:
     """What is wrong and what to run, from what docker says; it has no codes for it."""
     text = message.lower()
     where = os.environ.get("DOCKER_HOST", "")
@@ -124,7 +125,7 @@ def _diagnosis(message: str) -> tuple[str, str]:
     if "cannot connect to the docker daemon" in text or "is the docker daemon running" in text:
         return f"no Docker engine is running{at}", _how_to_start()
     if "no such image" in text or "unable to find image" in text or "pull access denied" in text:
-        return "the engine does not have the image", build_command(DEFAULT_IMAGE)
+        return f"there is no image {image}", build_command(image)
     if "no space left on device" in text:
         return "the disk is full", "docker system prune   # asks before it removes anything"
     if "exec format error" in text:
