@@ -51,9 +51,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--inputs", type=Path, help="folder with 0.npz, 1.npz, ... of the files' inputs, '0', '1', ...")
     parser.add_argument("--outputs", type=Path, help="folder that the same of the outputs is written to")
+    parser.add_argument("--first", type=int, default=0, help="number of the first file in both")
     parser.add_argument("--marks", action="store_true", help="mark runs for the counting plugin")
     arguments = parser.parse_args()
-    for place, path in enumerate(arguments.files):
+    for place, path in enumerate(arguments.files, arguments.first):
         report = {"file": str(path), "threads": arguments.threads, "runs_ns": [], "regions": 0}
         try:
             run_file(path, place, arguments, report)

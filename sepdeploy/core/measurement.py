@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Environment", "Latency", "Method", "Quality"]
+__all__ = ["Counts", "Environment", "Latency", "Measured", "Method", "Quality"]
 
 
 class Method(Enum):
@@ -71,6 +71,80 @@ class Latency:
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What files are compared by, in milliseconds."""
+        return self.median_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one inference of one file executes on an emulated Arm core, and the cycles that a model of the core gives it.
+
+    Never a time: the cycles are modelled, not measured. Low leaves out what waiting for memory costs, high counts every
+    miss of the simulated caches in full, as if nothing overlapped and nothing was prefetched.
+
+    Attributes:
+        core: As Arm writes it, 'Cortex-A72'.
+        instructions: Executed.
+        classes: Class of instruction (docker/arm64/a64.h) -> how many of them; they sum to `instructions`.
+        macs: Multiply-accumulates of all lanes.
+        loaded_bytes: Bytes loaded.
+        stored_bytes: Bytes stored.
+        l1_misses: Misses of the first data cache.
+        l2_misses: Of these, misses of the second.
+        kcycles_low: Modelled kilocycles.
+        kcycles_high: The same with the misses.
+        clock_ghz: At which the core is stated to run.
+        repeats: Inferences that were counted.
+        spread_ratio: (most - fewest instructions of a repeat) / fewest.
+        method: How the counts came about.
+        environment: The core, the runtime in the emulated root and threads.
+        artifact_sha256: Hash of the file.
+        speedup: Cycles of the reference / these, both in the middle of their ranges; None for the reference.
+        speedup_low: The smaller of the same ratios of the low and of the high ends; no interval of anything measured.
+        speedup_high: The larger.
+    """
+
+    core: str
+    instructions: int
+    classes: dict[str, int]
+    macs: int
+    loaded_bytes: int
+    stored_bytes: int
+    l1_misses: int
+    l2_misses: int
+    kcycles_low: float
+    kcycles_high: float
+    clock_ghz: float
+    repeats: int
+    spread_ratio: float
+    method: Method
+    environment: Environment
+    artifact_sha256: str
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What files are compared by, in kilocycles: the middle of the range."""
+        return (self.kcycles_low + self.kcycles_high) / 2
+
+    @property
+    def low_ms(self) -> float:
+        """Modelled milliseconds at the stated clock."""
+        return self.kcycles_low / self.clock_ghz / 1e3
+
+    @property
+    def high_ms(self) -> float:
+        """The same with the misses."""
+        return self.kcycles_high / self.clock_ghz / 1e3
+
+
+Measured = Latency | Counts
+"""What a target says of a whole file."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,156 @@
+"""Counts what files execute on an emulated Arm core."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from sepdeploy.bench.arm_cores import ArmCore
+from sepdeploy.bench.arm_cycles import CycleModel
+from sepdeploy.bench.arm_guest import GuestFile, Region, run_guest
+from sepdeploy.bench.arm_root import require_tools, tool_versions
+from sepdeploy.core.artifact import Artifact
+from sepdeploy.core.files import sha256_of_file
+from sepdeploy.core.measurement import Counts, Environment, Method
+from sepdeploy.core.progress import Progress
+from sepdeploy.errors import ToolError, UsageError
+
+__all__ = ["compare_counts", "count_files", "counts_of", "require_counts"]
+
+_SPREAD_RATIO = 0.005
+"""Repeats whose instructions differ by more are no counts."""
+
+_TRIES = 2
+
+
+def count_files(core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0) -> list[Counts | str]:
+    """What one inference of each file executes.
+
+    Args:
+        core: Where.
+        paths: ONNX and TFLite files; all run in one emulated process.
+        progress: Told what is going on.
+        seed: Of the random inputs.
+
+    Returns:
+        One result for each file, in order, or a sentence that says why there is none.
+
+    Raises:
+        UsageError: if a file is neither ONNX nor TFLite, or is not there.
+        ToolError: if a tool is missing, or the emulation or the model of the core fails as a whole.
+    """
+    require_tools()
+    for path in paths:
+        if path.suffix.lower() not in {".onnx", ".tflite"}:
+            raise UsageError(f"{path} is neither an .onnx nor a .tflite file; convert it first with sepdeploy convert")
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist or is not a file")
+    results: dict[int, Counts | str] = {}
+    left = list(range(len(paths)))
+    for _ in range(_TRIES):
+        found = run_guest(core, [paths[i] for i in left], progress, seed=seed)
+        progress.stage(f"modelling cycles of the {core.title}")
+        results |= {i: counts_of(core, file) for i, file in zip(left, found, strict=True)}
+        left = [i for i in left if _is_unsteady(results[i])]
+        if not left:
+            break
+    return [_steady(results[i]) for i in range(len(paths))]
+
+
+def counts_of(core: ArmCore, file: GuestFile) -> Counts | str:
+    """The counts of a file that ran in the guest; why there are none, as a sentence."""
+    if file.error:
+        return file.error
+    instructions = [_instructions(file, region) for region in file.repeats]
+    middle = file.repeats[instructions.index(sorted(instructions)[len(instructions) // 2])]
+    classes: Counter[str] = Counter()
+    executed: Counter[str] = Counter()
+    macs = loaded = stored = 0
+    for number, count in middle.blocks.items():
+        block = file.blocks[number]
+        executed[block.words] += count
+        for name, each in block.classes.items():
+            classes[name] += each * count
+        macs += block.macs * count
+        loaded += block.loaded_bytes * count
+        stored += block.stored_bytes * count
+    low = _model(core.mca_cpu).cycles(executed) / 1e3
+    high = low + (middle.l1_misses * core.l1.miss_cycles + middle.l2_misses * core.l2.miss_cycles) / 1e3
+    return Counts(
+        core=core.title,
+        instructions=_instructions(file, middle),
+        classes=dict(classes.most_common()),
+        macs=macs,
+        loaded_bytes=loaded,
+        stored_bytes=stored,
+        l1_misses=middle.l1_misses,
+        l2_misses=middle.l2_misses,
+        kcycles_low=low,
+        kcycles_high=high,
+        clock_ghz=core.clock_ghz,
+        repeats=len(file.repeats),
+        spread_ratio=(max(instructions) - min(instructions)) / max(min(instructions), 1),
+        method=Method.EMULATED_COUNT,
+        environment=Environment(
+            cpu=f"{core.title} emulated by qemu-aarch64 {tool_versions()['qemu']}",
+            cores=1,
+            system="Linux aarch64",
+            runtime=file.runtime,
+            threads=1,
+        ),
+        artifact_sha256=sha256_of_file(file.path),
+    )
+
+
+def require_counts(paths: Sequence[Path], results: Sequence[Counts | str]) -> list[Counts]:
+    """The counts of all files.
+
+    Raises:
+        ToolError: if one has none.
+    """
+    for path, result in zip(paths, results, strict=True):
+        if isinstance(result, str):
+            raise ToolError(f"{path} cannot be counted: {result}")
+    return [result for result in results if not isinstance(result, str)]
+
+
+def compare_counts(core: ArmCore, files: Sequence[Artifact], progress: Progress, *, seed: int = 0) -> list[Counts]:
+    """Counts of whole files; speed-ups are relative to the first.
+
+    Raises:
+        ToolError: if one cannot be counted.
+    """
+    paths = [Path(file.path) for file in files]
+    reference, *others = require_counts(paths, count_files(core, paths, progress, seed=seed))
+    return [reference, *(_beside(reference, each) for each in others)]
+
+
+def _beside(reference: Counts, counts: Counts) -> Counts:
+    ratios = sorted((reference.kcycles_low / counts.kcycles_low, reference.kcycles_high / counts.kcycles_high))
+    return replace(counts, speedup=reference.cost / counts.cost, speedup_low=ratios[0], speedup_high=ratios[1])
+
+
+@cache
+def _model(mca_cpu: str) -> CycleModel:
+    """One for the process: what it has priced serves all files."""
+    return CycleModel(mca_cpu)
+
+
+def _instructions(file: GuestFile, region: Region) -> int:
+    return sum(file.blocks[number].length * count for number, count in region.blocks.items())
+
+
+def _is_unsteady(result: Counts | str) -> bool:
+    return isinstance(result, Counts) and result.spread_ratio > _SPREAD_RATIO
+
+
+def _steady(result: Counts | str) -> Counts | str:
+    if isinstance(result, Counts) and _is_unsteady(result):
+        return (
+            f"its repeats differ by {100 * result.spread_ratio:.2g}% in instructions, more than {100 * _SPREAD_RATIO:g}%: "
+            "it does not do the same each time"
+        )
+    return result

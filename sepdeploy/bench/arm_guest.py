@@ -1,0 +1,316 @@
+"""Runs files on an emulated Arm core, and reads what the counting plugin saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sepdeploy.bench.arm_cores import ArmCore
+from sepdeploy.bench.arm_root import arm64_files, find_plugin, find_root
+from sepdeploy.core.progress import Progress
+from sepdeploy.errors import ToolError
+
+__all__ = ["Block", "GuestFile", "Region", "guest_arguments", "guest_environment", "parse_counts", "run_guest"]
+
+_STILL_SECONDS = 900.0
+"""A guest that finishes no file for so long hangs: an inference of 10 billion instructions takes about two minutes."""
+
+_POLL_SECONDS = 0.05
+
+_NOTHING_REGIONS = 2
+"""Regions around nothing that bench.py marks first; the last one is what marking itself costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A stretch of instructions that is executed from its first to its last.
+
+    Attributes:
+        words: The instructions in hexadecimal, 8 digits each.
+        classes: Class of instruction -> how many of them.
+        macs: Multiply-accumulates of all lanes.
+        loaded_bytes: Bytes that it loads.
+        stored_bytes: Bytes that it stores.
+    """
+
+    words: str
+    classes: dict[str, int]
+    macs: int
+    loaded_bytes: int
+    stored_bytes: int
+
+    @property
+    def length(self) -> int:
+        """Instructions."""
+        return len(self.words) // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What one inference executed.
+
+    Attributes:
+        blocks: Number of a block in the run -> how often.
+        l1_misses: Misses of the first data cache.
+        l2_misses: Of these, misses of the second.
+    """
+
+    blocks: dict[int, int]
+    l1_misses: int
+    l2_misses: int
+
+    def without(self, nothing: Region) -> Region:
+        """The same without what marking a region costs."""
+        left = {number: count - nothing.blocks.get(number, 0) for number, count in self.blocks.items()}
+        return Region(
+            {number: count for number, count in left.items() if count > 0},
+            max(0, self.l1_misses - nothing.l1_misses),
+            max(0, self.l2_misses - nothing.l2_misses),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFile:
+    """How one file went.
+
+    Attributes:
+        path: The file.
+        runtime: Name and version of the runtime in the guest; empty if it did not come that far.
+        error: Why there are no counts; empty if there are.
+        repeats: One region for each inference that counts.
+        blocks: What the regions' numbers mean.
+    """
+
+    path: Path
+    runtime: str
+    error: str
+    repeats: tuple[Region, ...] = ()
+    blocks: tuple[Block, ...] = field(default=(), repr=False)
+
+
+def run_guest(
+    core: ArmCore,
+    paths: Sequence[Path],
+    progress: Progress,
+    *,
+    repeats: int = 3,
+    warmup: int = 2,
+    seed: int = 0,
+    inputs: Path | None = None,
+    outputs: Path | None = None,
+    still_seconds: float = _STILL_SECONDS,
+) -> list[GuestFile]:
+    """Run files one after the other in one emulated process, counting each inference.
+
+    Where a file crashes the process, or it stands still, the rest runs in a new one.
+
+    Args:
+        core: Where.
+        paths: ONNX and TFLite files.
+        progress: Told what is going on.
+        repeats: Inferences that count.
+        warmup: Inferences before them.
+        seed: Of the random inputs.
+        inputs: Folder with 0.npz, 1.npz, ... of the inputs instead (docker/arm64/bench.py).
+        outputs: Folder for the same of the outputs.
+        still_seconds: Most time for one file.
+
+    Returns:
+        One result for each file, in order; what is wrong with a file is in its `error`.
+
+    Raises:
+        ToolError: if the emulator, the root or the plugin does not work.
+    """
+    root, plugin = find_root(progress) / core.name, find_plugin()
+    if not (root / "proc" / "cpuinfo").is_file():
+        raise ToolError(
+            f"{root} has no proc/cpuinfo, without which runtimes crash: remove {root.parent}, and it is built anew"
+        )
+    results: list[GuestFile] = []
+    while len(results) < len(paths):
+        first = len(results)
+        options = [
+            "--marks",
+            "--repeats",
+            str(repeats),
+            "--warmup",
+            str(warmup),
+            "--seed",
+            str(seed),
+            "--first",
+            str(first),
+        ]
+        for name, folder in (("--inputs", inputs), ("--outputs", outputs)):
+            options += [name, str(folder.resolve())] if folder is not None else []
+        arguments = [*options, *(str(path.resolve()) for path in paths[first:])]
+        results += _run_once(core, root, plugin, arguments, paths, first, progress, still_seconds)
+    return results
+
+
+def guest_arguments(core: ArmCore, root: Path, plugin: Path, counts: Path, arguments: Sequence[str]) -> list[str]:
+    """The command line that runs docker/arm64/bench.py on a core and counts.
+
+    Args:
+        core: Where.
+        root: The core's view of an arm64 root.
+        plugin: The counting plugin.
+        counts: File that it writes.
+        arguments: Of bench.py.
+    """
+    caches = ",".join(f"{name}={each.kib}:{each.ways}" for name, each in (("l1", core.l1), ("l2", core.l2)))
+    return [
+        *("qemu-aarch64", "-seed", "1", "-cpu", core.qemu_cpu, "-L", str(root)),
+        *("-plugin", f"{plugin},out={counts},{caches}"),
+        *(str(root / "usr" / "bin" / "python3.11"), "-s", "-S", "-B", str(arm64_files() / "bench.py"), *arguments),
+    ]
+
+
+def guest_environment(root: Path) -> dict[str, str]:
+    """All that programs in the guest see of an environment: counts depend on it."""
+    return {
+        "PATH": "/usr/bin:/bin",
+        "HOME": "/",
+        "LANG": "C.UTF-8",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": str(root / "opt" / "site"),
+    }
+
+
+def parse_counts(text: str) -> tuple[tuple[Block, ...], tuple[Region, ...], bool]:
+    """What the plugin wrote: blocks, regions, and whether the program came to its end.
+
+    Raises:
+        ToolError: if the text is no such thing, as when the disk was full.
+    """
+    blocks: list[Block] = []
+    regions: list[Region] = []
+    has_ended = False
+    try:
+        for line in text.splitlines():
+            data: dict[str, Any] = json.loads(line)
+            if "block" in data:
+                blocks.append(
+                    Block(data["words"], data["classes"], data["macs"], data["loaded_bytes"], data["stored_bytes"])
+                )
+            elif "region" in data:
+                regions.append(Region(dict(data["blocks"]), data.get("l1_misses", 0), data.get("l2_misses", 0)))
+            else:
+                has_ended = bool(data["end"])
+    except (ValueError, KeyError, TypeError) as error:
+        if has_ended:
+            raise ToolError(f"the counts of the emulator are damaged: {error}") from error
+        # The last line of a program that was killed, or of a full disk.
+    return tuple(blocks), tuple(regions), has_ended
+
+
+def _run_once(
+    core: ArmCore,
+    root: Path,
+    plugin: Path,
+    arguments: Sequence[str],
+    paths: Sequence[Path],
+    first: int,
+    progress: Progress,
+    still_seconds: float,
+) -> list[GuestFile]:
+    """Results of the files from the first on, up to one that ends the process."""
+    with tempfile.TemporaryDirectory(prefix="sepdeploy-arm-") as folder:
+        counts, printed, said = (Path(folder) / name for name in ("counts.jsonl", "printed.jsonl", "stderr.txt"))
+        command = ["setarch", "-R", *guest_arguments(core, root, plugin, counts, arguments)]
+        if not _may_change_personality():
+            command = command[2:]
+        code = _run_watched(command, guest_environment(root), printed, said, still_seconds, len(paths), first, progress)
+        reports = [json.loads(line) for line in printed.read_text().splitlines() if line.endswith("}")]
+        stderr = said.read_text(errors="replace")
+        text = counts.read_text() if counts.is_file() else ""
+    has_finished = bool(reports) and "end" in reports[-1]
+    reports = [report for report in reports if "file" in report]
+    blocks, regions, is_whole = parse_counts(text)
+    if has_finished and code == 0 and not is_whole:
+        raise ToolError(
+            f"the counts of the emulator are incomplete; is the disk of {tempfile.gettempdir()} full?", stderr=stderr
+        )
+    if not reports and not text:
+        raise ToolError(
+            f"qemu-aarch64 does not start with the counting plugin: {_last_line(stderr) or _ending(code)}; it takes the "
+            "dynamic qemu-user of Debian 12 (7.2), static builds take no plugins",
+            stderr=stderr,
+        )
+    results = []
+    for path, report in zip(paths[first:], reports, strict=False):
+        own, regions = regions[: report["regions"]], regions[report["regions"] :]
+        repeats = tuple(region.without(own[_NOTHING_REGIONS - 1]) for region in own[_NOTHING_REGIONS:])
+        results.append(GuestFile(path, report.get("runtime", ""), report.get("error", ""), repeats, blocks))
+    if not has_finished and first + len(results) < len(paths):
+        at_fault = paths[first + len(results)]
+        results.append(
+            GuestFile(at_fault, "", f"the guest {_ending(code, still_seconds)} while it ran {at_fault.name}")
+        )
+    return results
+
+
+def _run_watched(
+    command: Sequence[str],
+    environment: dict[str, str],
+    printed: Path,
+    said: Path,
+    still_seconds: float,
+    total: int,
+    first: int,
+    progress: Progress,
+) -> int | None:
+    """Exit code of a program; None if it was killed because it printed nothing for `still_seconds`."""
+    with printed.open("wb") as stdout, said.open("wb") as stderr:
+        try:
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            )
+        except OSError as error:
+            raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from error
+        try:
+            size, since = -1, time.monotonic()
+            while process.poll() is None:
+                if printed.stat().st_size != size:
+                    size, since = printed.stat().st_size, time.monotonic()
+                    progress.step(first + printed.read_bytes().count(b"\n"), total)
+                if time.monotonic() - since > still_seconds:
+                    return None
+                time.sleep(_POLL_SECONDS)
+            return process.returncode
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _may_change_personality() -> bool:
+    """Whether `setarch -R` works; containers mostly forbid it."""
+    return subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode == 0
+
+
+def _ending(code: int | None, still_seconds: float = 0.0) -> str:
+    """How a program ended, as a verb phrase."""
+    if code is None:
+        return f"was stopped after {still_seconds:g} s without a result"
+    number = -code if code < 0 else code - 128
+    if code < 0 or code > 128:
+        try:
+            return f"crashed ({signal.Signals(number).name})"
+        except ValueError:
+            pass
+    return f"ended with exit code {code}"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
