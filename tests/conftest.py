@@ -15,7 +15,13 @@ from torch.nn.utils import parametrizations
 TOOLS = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "sklearn")
 """Optional packages without which tests are skipped."""
 
-PROGRAMS = {"sshd": "openssh-server", "ssh": "openssh-client"}
+PROGRAMS = {
+    "dockerd": "docker.io",
+    "mmdebstrap": "mmdebstrap",
+    "qemu-aarch64": "qemu-user",
+    "ssh": "openssh-client",
+    "sshd": "openssh-server",
+}
 """Optional programs without which tests are skipped -> the Debian package that brings them."""
 
 

@@ -8,6 +8,7 @@ marking costs. They are no times.
 
 import json
 import sys
+from pathlib import Path
 
 _NOTHING = 2  # regions around nothing, which bench.py marks first for each file
 
@@ -15,14 +16,14 @@ _NOTHING = 2  # regions around nothing, which bench.py marks first for each file
 def main(core, printed, counts):
     """Print the summary."""
     blocks, regions = [], []
-    with open(counts) as file:
+    with Path(counts).open() as file:
         for line in file:
             data = json.loads(line)
             if "block" in data:
                 blocks.append(data)
             elif "region" in data:
                 regions.append(data)
-    with open(printed) as file:
+    with Path(printed).open() as file:
         reports = [report for report in map(json.loads, file) if "file" in report]
     for report in reports:
         own, regions = regions[: report["regions"]], regions[report["regions"] :]

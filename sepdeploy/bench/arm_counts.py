@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sepdeploy.bench.arm_cores import ArmCore
 from sepdeploy.bench.arm_cycles import CycleModel
-from sepdeploy.bench.arm_guest import GuestFile, Region, run_guest
+from sepdeploy.bench.arm_guest import GuestFile, GuestPlace, Region, run_guest
 from sepdeploy.bench.arm_root import require_tools, tool_versions
 from sepdeploy.core.artifact import Artifact
 from sepdeploy.core.files import sha256_of_file
@@ -26,7 +26,9 @@ _SPREAD_RATIO = 0.005
 _TRIES = 2
 
 
-def count_files(core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0) -> list[Counts | str]:
+def count_files(
+    core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0, place: GuestPlace | None = None
+) -> list[Counts | str]:
     """What one inference of each file executes.
 
     Args:
@@ -34,6 +36,7 @@ def count_files(core: ArmCore, paths: Sequence[Path], progress: Progress, *, see
         paths: ONNX and TFLite files; all run in one emulated process.
         progress: Told what is going on.
         seed: Of the random inputs.
+        place: The emulator; None is that of this machine.
 
     Returns:
         One result for each file, in order, or a sentence that says why there is none.
@@ -42,7 +45,8 @@ def count_files(core: ArmCore, paths: Sequence[Path], progress: Progress, *, see
         UsageError: if a file is neither ONNX nor TFLite, or is not there.
         ToolError: if a tool is missing, or the emulation or the model of the core fails as a whole.
     """
-    require_tools()
+    if place is None:
+        require_tools()
     for path in paths:
         if path.suffix.lower() not in {".onnx", ".tflite"}:
             raise UsageError(f"{path} is neither an .onnx nor a .tflite file; convert it first with sepdeploy convert")
@@ -51,16 +55,16 @@ def count_files(core: ArmCore, paths: Sequence[Path], progress: Progress, *, see
     results: dict[int, Counts | str] = {}
     left = list(range(len(paths)))
     for _ in range(_TRIES):
-        found = run_guest(core, [paths[i] for i in left], progress, seed=seed)
+        found = run_guest(core, [paths[i] for i in left], progress, seed=seed, place=place)
         progress.stage(f"modelling cycles of the {core.title}")
-        results |= {i: counts_of(core, file) for i, file in zip(left, found, strict=True)}
+        results |= {i: counts_of(core, file, place) for i, file in zip(left, found, strict=True)}
         left = [i for i in left if _is_unsteady(results[i])]
         if not left:
             break
     return [_steady(results[i]) for i in range(len(paths))]
 
 
-def counts_of(core: ArmCore, file: GuestFile) -> Counts | str:
+def counts_of(core: ArmCore, file: GuestFile, place: GuestPlace | None = None) -> Counts | str:
     """The counts of a file that ran in the guest; why there are none, as a sentence."""
     if file.error:
         return file.error
@@ -95,7 +99,7 @@ def counts_of(core: ArmCore, file: GuestFile) -> Counts | str:
         spread_ratio=(max(instructions) - min(instructions)) / max(min(instructions), 1),
         method=Method.EMULATED_COUNT,
         environment=Environment(
-            cpu=f"{core.title} emulated by qemu-aarch64 {tool_versions()['qemu']}",
+            cpu=f"{core.title} emulated by {place.name if place else _emulator_name()}",
             cores=1,
             system="Linux aarch64",
             runtime=file.runtime,
@@ -117,20 +121,26 @@ def require_counts(paths: Sequence[Path], results: Sequence[Counts | str]) -> li
     return [result for result in results if not isinstance(result, str)]
 
 
-def compare_counts(core: ArmCore, files: Sequence[Artifact], progress: Progress, *, seed: int = 0) -> list[Counts]:
+def compare_counts(
+    core: ArmCore, files: Sequence[Artifact], progress: Progress, *, seed: int = 0, place: GuestPlace | None = None
+) -> list[Counts]:
     """Counts of whole files; speed-ups are relative to the first.
 
     Raises:
         ToolError: if one cannot be counted.
     """
     paths = [Path(file.path) for file in files]
-    reference, *others = require_counts(paths, count_files(core, paths, progress, seed=seed))
+    reference, *others = require_counts(paths, count_files(core, paths, progress, seed=seed, place=place))
     return [reference, *(_beside(reference, each) for each in others)]
 
 
 def _beside(reference: Counts, counts: Counts) -> Counts:
     ratios = sorted((reference.kcycles_low / counts.kcycles_low, reference.kcycles_high / counts.kcycles_high))
     return replace(counts, speedup=reference.cost / counts.cost, speedup_low=ratios[0], speedup_high=ratios[1])
+
+
+def _emulator_name() -> str:
+    return f"qemu-aarch64 {tool_versions()['qemu']}"
 
 
 @cache

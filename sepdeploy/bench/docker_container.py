@@ -1,4 +1,4 @@
-"""Containers of the arm64 image: no network, nobody's rights, nothing writable but what is said, and none left behind."""
+"""Containers of the arm64 image: no network, nobody's rights, little that can be written to, and none left behind."""
 
 from __future__ import annotations
 

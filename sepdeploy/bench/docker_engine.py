@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sepdeploy.bench.arm_root import arm64_files
 from sepdeploy.bench.outside_programs import Finished, find_program, last_line, run_program
 from sepdeploy.core.readiness import Need
 from sepdeploy.errors import ToolError
@@ -21,7 +22,6 @@ __all__ = [
     "docker",
     "docker_error",
     "docker_needs",
-    "image_folder",
     "image_need",
     "require_docker",
 ]
@@ -94,12 +94,7 @@ def image_need(image: str) -> Need:
 
 def build_command(image: str) -> str:
     """What builds the image; its folder comes with sepdeploy."""
-    return f"docker build -t {image} {shlex.quote(str(image_folder()))}"
-
-
-def image_folder() -> Path:
-    """Where the Dockerfile of the arm64 image and what it copies lie."""
-    return Path(__file__).resolve().parents[2] / "docker" / "arm64"
+    return f"docker build -t {image} {shlex.quote(str(arm64_files()))}"
 
 
 def _engine_need() -> Need:

@@ -33,6 +33,7 @@ class _Asked:
     board_python: str | None
     board_wheels: Path | None
     benchmark_model: Path | None
+    image: str
 
 
 @click.command(short_help="Measure the latency of ONNX and TFLite files, here or on a board.")
@@ -49,6 +50,8 @@ class _Asked:
 @click.option("--board-wheels", type=_ON_PATH, metavar="FOLDER",
               help="Wheels to send to a board on which numpy and the runtime are not installed.")  # fmt: skip
 @click.option("--benchmark-model", type=_ON_PATH, help="LiteRT's program of that name, built for the Android device.")
+@click.option("--image", default="sepdeploy-arm64", show_default=True, metavar="TAG",
+              help="Docker image of docker/arm64.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
     artifacts: tuple[Path, ...],
@@ -60,6 +63,7 @@ def command(
     board_python: str | None,
     board_wheels: Path | None,
     benchmark_model: Path | None,
+    image: str,
     as_json: bool,
 ) -> None:
     """Time each ARTIFACT (.onnx or .tflite) on random inputs; several are interleaved, the first is the reference.
@@ -77,7 +81,7 @@ def command(
 
     asked = _Asked(
         tuple(dict.fromkeys(artifacts)), target or "", threads, seconds, time_limit, ssh_config, board_python,
-        board_wheels, benchmark_model,
+        board_wheels, benchmark_model, image,
     )  # fmt: skip
     with shown_progress(is_quiet=as_json) as progress, ended_by_signals():
         place = f" on {target}" if target else ""

@@ -1,0 +1,133 @@
+"""A Docker engine of our own, with base images made from Debian's packages: nothing is pulled."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sepdeploy.bench.arm_root import arm64_files, find_root
+from sepdeploy.bench.docker_engine import DEFAULT_IMAGE, docker
+from sepdeploy.core.progress import Silent
+
+LIMIT_SECONDS = 60.0
+NATIVE_PACKAGES = "qemu-user,gcc,libc6-dev,dash,coreutils,sed"
+DOCKERD = (
+    "--iptables=false",
+    "--bridge=none",
+    "--ip-forward=false",
+    "--ip-masq=false",
+    "--storage-driver=overlay2",
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A running engine, which DOCKER_HOST names while the tests of this folder run.
+
+    Attributes:
+        host: Its socket as a URL.
+        socket: The socket.
+    """
+
+    host: str
+    socket: Path
+
+    def containers(self) -> list[str]:
+        """Names of all containers, running or not."""
+        return docker(["ps", "--all", "--format", "{{.Names}}"], purpose="test").output.split()
+
+
+@pytest.fixture(scope="session")
+def engine(program: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine that ends with the tests, with everything that it made."""
+    dockerd = program("dockerd")
+    if os.geteuid() != 0:
+        pytest.skip("only root can start a Docker engine")
+    folder = tmp_path_factory.mktemp("docker")
+    socket = folder / "s"
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [dockerd, *DOCKERD, f"--host=unix://{socket}", f"--data-root={folder}/data", f"--exec-root={folder}/exec",
+             f"--pidfile={folder}/pid"],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DOCKER_HOST", f"unix://{socket}")
+            patch.delenv("DOCKER_CONTEXT", raising=False)
+            try:
+                end = time.monotonic() + LIMIT_SECONDS
+                while docker(["version"], purpose="test").code:
+                    assert server.poll() is None, (folder / "log").read_text()
+                    assert time.monotonic() < end, (folder / "log").read_text()
+                    time.sleep(0.1)
+                yield Engine(f"unix://{socket}", socket)
+            finally:
+                server.terminate()
+                server.wait(LIMIT_SECONDS)
+    subprocess.run(["rm", "-rf", str(folder)], check=True)  # devices and foreign owners: beyond shutil
+
+
+@pytest.fixture(scope="session")
+def image(engine: Engine, program: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The image, built by its Dockerfile without a network."""
+    program("qemu-aarch64")
+    folder = tmp_path_factory.mktemp("bases")
+    native, arm64 = folder / "native.tar", folder / "arm64.tar"
+    subprocess.run(
+        [program("mmdebstrap"), "--quiet", "--mode=root", "--variant=extract", f"--include={NATIVE_PACKAGES}",
+         "bookworm", str(native)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    _load(native, "sepdeploy-test-native:1", _architecture())
+    with tarfile.open(arm64, "w") as archive:
+        archive.add(find_root(Silent()) / "root", arcname=".")
+    _load(arm64, "sepdeploy-test-arm64:1", "arm64")
+    bases = ["NATIVE_BASE=sepdeploy-test-native:1", "ARM64_BASE=sepdeploy-test-arm64:1"]
+    built = docker(
+        ["build", "--network=none", "--tag", DEFAULT_IMAGE, *(w for base in bases for w in ("--build-arg", base)),
+         str(arm64_files())],
+        purpose="building the image", limit_seconds=600,
+    )  # fmt: skip
+    assert built.code == 0, built.output + built.errors
+    for path in (native, arm64):
+        path.unlink()
+    return DEFAULT_IMAGE
+
+
+def _architecture() -> str:
+    return docker(["version", "--format", "{{.Server.Arch}}"], purpose="test").output.strip()
+
+
+def _load(root: Path, tag: str, architecture: str) -> None:
+    """Load a root, as a tar file, as an image: what `docker save` writes for one of a single layer."""
+    with root.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    config = {
+        "architecture": architecture,
+        "os": "linux",
+        "created": "1970-01-01T00:00:00Z",
+        "config": {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["/bin/sh"]},
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+    }
+    manifest = [{"Config": "config.json", "RepoTags": [tag], "Layers": ["layer.tar"]}]
+    path = root.with_suffix(".image")
+    with tarfile.open(path, "w") as archive:
+        for name, data in (("config.json", config), ("manifest.json", manifest)):
+            text = json.dumps(data).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+        archive.add(root, "layer.tar")
+    loaded = docker(["load", "--input", str(path)], purpose="loading a base", limit_seconds=300)
+    path.unlink()
+    assert loaded.code == 0, loaded.errors
