@@ -17,7 +17,7 @@ from sepdeploy.core.conv import Trace
 from sepdeploy.core.design import DesignOptions, DesignResult
 from sepdeploy.core.files import sha256_of_bytes, sha256_of_file
 from sepdeploy.core.manifest import RunRecord
-from sepdeploy.core.measurement import Latency
+from sepdeploy.core.measurement import Measured
 from sepdeploy.core.options import TARGETS, ConvertOptions, MovedInputs
 from sepdeploy.core.pareto import FrontPoint
 from sepdeploy.core.plan import Plan
@@ -35,10 +35,10 @@ from sepdeploy.stages.attempts import AttemptFile, first_attempt, next_attempt, 
 from sepdeploy.stages.deploy import (
     artifact_path,
     deploy,
-    measure_latency,
+    measure_cost,
     measure_network,
     measure_quality,
-    target_latency,
+    target_cost,
     versions,
 )
 from sepdeploy.stages.design import check_design_folder, write_design
@@ -168,16 +168,16 @@ def _planner(
 
     def original_cost() -> float:
         progress.stage("selection: timing the original network")
-        return target_latency([original], options).median_ms
+        return target_cost([original], options).cost
 
     weighed = weigh(store, options, inputs, traced, original_cost, processes or Processes(), progress)
 
-    def timed(plan: Plan, network: nn.Module) -> Latency:
+    def timed(plan: Plan, network: nn.Module) -> Measured:
         """The target's file of a network that was only transferred, against the original's: weights are no matter."""
         only_target = replace(options, formats=(TARGETS[options.target],))
         sha256 = sha256_of_bytes(to_json(plan).encode())
         results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, sha256, progress, plan)
-        return target_latency([original, target_result(results, options, Role.CONVERTED)], options)
+        return target_cost([original, target_result(results, options, Role.CONVERTED)], options)
 
     return lambda limit: run_selection(store, options, inputs, traced, weighed, evaluator, limit, timed, progress)
 
@@ -289,7 +289,7 @@ def _finish(
         converted=measure_network(store, last.network, inputs, evaluator, progress),
     )
     results = [measure_quality(store, r, inputs, evaluator, options, progress) for r in (*originals, *converted)]
-    results = measure_latency(results, options, progress)
+    results = measure_cost(results, options, progress)
     progress.stage("writing the report")
     report = make_report(options, inputs, traced, plan, last.network, guard, last.steps, qualities, results)
     _discard_results(store.folder)

@@ -35,8 +35,8 @@ class ArmCore:
         title: As Arm writes it.
         board: Where the clock and the caches are from.
         clock_ghz: Of the core in that board.
-        qemu_cpu: `-cpu` of qemu-aarch64 7.2. It has no Cortex-A55; the Cortex-A76 has the same instructions, and runtimes
-            choose kernels by /proc/cpuinfo.
+        qemu_cpu: `-cpu` of qemu-aarch64 7.2. It has no Cortex-A55; the Cortex-A76 has the same instructions, and
+            runtimes choose kernels by /proc/cpuinfo.
         mca_cpu: `-mcpu` of llvm-mca. Its model of the Cortex-A53 misprices chains of multiply-adds, so that of the
             Cortex-A55 stands in; that of the Neoverse N1 is the Cortex-A76's.
         l1: First level.
@@ -55,19 +55,47 @@ class ArmCore:
 
 _CORES = (
     ArmCore(
-        "cortex-a53", "Cortex-A53", "Raspberry Pi 3B+", 1.4, "cortex-a53", "cortex-a55", Cache(32, 4, 13), Cache(512, 16, 150)
+        name="cortex-a53",
+        title="Cortex-A53",
+        board="Raspberry Pi 3B+",
+        clock_ghz=1.4,
+        qemu_cpu="cortex-a53",
+        mca_cpu="cortex-a55",
+        l1=Cache(32, 4, 13),
+        l2=Cache(512, 16, 150),
     ),
-    # Its cores have no second level of their own: the shared one is meant.
     ArmCore(
-        "cortex-a55", "Cortex-A55", "Rockchip RK3568", 2.0, "cortex-a76", "cortex-a55", Cache(32, 4, 25), Cache(512, 16, 240)
+        name="cortex-a55",
+        title="Cortex-A55",
+        board="Rockchip RK3568",
+        clock_ghz=2.0,
+        qemu_cpu="cortex-a76",
+        mca_cpu="cortex-a55",
+        l1=Cache(32, 4, 25),
+        l2=Cache(512, 16, 240),  # shared: its cores have no second level of their own
     ),
     ArmCore(
-        "cortex-a72", "Cortex-A72", "Raspberry Pi 4", 1.5, "cortex-a72", "cortex-a72", Cache(32, 2, 17), Cache(1024, 16, 190)
+        name="cortex-a72",
+        title="Cortex-A72",
+        board="Raspberry Pi 4",
+        clock_ghz=1.5,
+        qemu_cpu="cortex-a72",
+        mca_cpu="cortex-a72",
+        l1=Cache(32, 2, 17),
+        l2=Cache(1024, 16, 190),
     ),
     ArmCore(
-        "cortex-a76", "Cortex-A76", "Raspberry Pi 5", 2.4, "cortex-a76", "neoverse-n1", Cache(64, 4, 9), Cache(512, 8, 260)
+        name="cortex-a76",
+        title="Cortex-A76",
+        board="Raspberry Pi 5",
+        clock_ghz=2.4,
+        qemu_cpu="cortex-a76",
+        mca_cpu="neoverse-n1",
+        l1=Cache(64, 4, 9),
+        l2=Cache(512, 8, 260),
     ),
-)  # fmt: skip
+)
+"""Sizes are the chips'. What misses cost is assumed, about 110 ns for memory: it makes the high estimate, no more."""
 
 ARM_CORES: Mapping[str, ArmCore] = MappingProxyType({core.name: core for core in _CORES})
 

@@ -12,11 +12,10 @@ from sepdeploy.bench.arm_cores import ArmCore
 from sepdeploy.bench.arm_cycles import CycleModel
 from sepdeploy.bench.arm_guest import GuestFile, GuestPlace, Region, run_guest
 from sepdeploy.bench.arm_root import require_tools, tool_versions
-from sepdeploy.core.artifact import Artifact
 from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.measurement import Counts, Environment, Method
 from sepdeploy.core.progress import Progress
-from sepdeploy.errors import ToolError, UsageError
+from sepdeploy.errors import ToolError
 
 __all__ = ["compare_counts", "count_files", "counts_of", "require_counts"]
 
@@ -27,7 +26,14 @@ _TRIES = 2
 
 
 def count_files(
-    core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0, place: GuestPlace | None = None
+    core: ArmCore,
+    paths: Sequence[Path],
+    progress: Progress,
+    *,
+    seed: int = 0,
+    repeats: int = 3,
+    warmup: int = 2,
+    place: GuestPlace | None = None,
 ) -> list[Counts | str]:
     """What one inference of each file executes.
 
@@ -36,26 +42,24 @@ def count_files(
         paths: ONNX and TFLite files; all run in one emulated process.
         progress: Told what is going on.
         seed: Of the random inputs.
+        repeats: Inferences that count, at least 2, which have to agree.
+        warmup: Inferences before them.
         place: The emulator; None is that of this machine.
 
     Returns:
         One result for each file, in order, or a sentence that says why there is none.
 
     Raises:
-        UsageError: if a file is neither ONNX nor TFLite, or is not there.
         ToolError: if a tool is missing, or the emulation or the model of the core fails as a whole.
     """
     if place is None:
         require_tools()
-    for path in paths:
-        if path.suffix.lower() not in {".onnx", ".tflite"}:
-            raise UsageError(f"{path} is neither an .onnx nor a .tflite file; convert it first with sepdeploy convert")
-        if not path.is_file():
-            raise UsageError(f"{path} does not exist or is not a file")
     results: dict[int, Counts | str] = {}
     left = list(range(len(paths)))
     for _ in range(_TRIES):
-        found = run_guest(core, [paths[i] for i in left], progress, seed=seed, place=place)
+        found = run_guest(
+            core, [paths[i] for i in left], progress, seed=seed, repeats=repeats, warmup=warmup, place=place
+        )
         progress.stage(f"modelling cycles of the {core.title}")
         results |= {i: counts_of(core, file, place) for i, file in zip(left, found, strict=True)}
         left = [i for i in left if _is_unsteady(results[i])]
@@ -122,14 +126,13 @@ def require_counts(paths: Sequence[Path], results: Sequence[Counts | str]) -> li
 
 
 def compare_counts(
-    core: ArmCore, files: Sequence[Artifact], progress: Progress, *, seed: int = 0, place: GuestPlace | None = None
+    core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0, place: GuestPlace | None = None
 ) -> list[Counts]:
-    """Counts of whole files; speed-ups are relative to the first.
+    """Counts of whole files, at least one; speed-ups are relative to the first.
 
     Raises:
         ToolError: if one cannot be counted.
     """
-    paths = [Path(file.path) for file in files]
     reference, *others = require_counts(paths, count_files(core, paths, progress, seed=seed, place=place))
     return [reference, *(_beside(reference, each) for each in others)]
 
@@ -160,7 +163,7 @@ def _is_unsteady(result: Counts | str) -> bool:
 def _steady(result: Counts | str) -> Counts | str:
     if isinstance(result, Counts) and _is_unsteady(result):
         return (
-            f"its repeats differ by {100 * result.spread_ratio:.2g}% in instructions, more than {100 * _SPREAD_RATIO:g}%: "
-            "it does not do the same each time"
+            f"its repeats differ by {100 * result.spread_ratio:.2g}% in instructions, more than "
+            f"{100 * _SPREAD_RATIO:g}%: it does not do the same each time"
         )
     return result

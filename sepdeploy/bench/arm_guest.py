@@ -272,8 +272,8 @@ def _run_once(
         )
     if not reports and not text:
         raise ToolError(
-            f"qemu-aarch64 does not start with the counting plugin: {_last_line(stderr) or _ending(code)}; it takes the "
-            "dynamic qemu-user of Debian 12 (7.2), static builds take no plugins",
+            f"qemu-aarch64 does not start with the counting plugin: {_last_line(stderr) or _ending(code)}; it takes "
+            "the dynamic qemu-user of Debian 12 (7.2), static builds take no plugins",
             stderr=stderr,
         )
     results = []

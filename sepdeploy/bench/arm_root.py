@@ -1,7 +1,7 @@
-"""What Arm programs are emulated with: the tools of the system, the counting plugin, and an arm64 root with the runtimes.
+"""What Arm programs are emulated with: tools of the system, the counting plugin, an arm64 root with the runtimes.
 
-Plugin and root are made on first use, in the folder SEPDEPLOY_ARM64_DIR or else in the user's cache directory, by the files
-of docker/arm64. Nothing is installed on the system: what is missing there is named with the command that installs it.
+Plugin and root are made on first use, in the folder SEPDEPLOY_ARM64_DIR or else in the user's cache directory, by the
+files of docker/arm64. Nothing is installed on the system: what is missing there is named with the command for it.
 """
 
 from __future__ import annotations
@@ -128,11 +128,8 @@ def find_root(progress: Progress) -> Path:
         ToolError: if it cannot be made: no network, no space.
     """
     scripts = [arm64_files() / name for name in ("make_root.sh", "link_cores.sh")]
-    recipe = [
-        *(path.read_bytes() for path in scripts),
-        *(p.read_bytes() for p in sorted((arm64_files() / "cpuinfo").iterdir())),
-    ]
-    digest = _digest(b"".join(recipe) + " ".join(root_packages()).encode())
+    recipe = [*scripts, *sorted((arm64_files() / "cpuinfo").iterdir())]
+    digest = _digest(b"".join(path.read_bytes() for path in recipe) + " ".join(root_packages()).encode())
     path = arm_folder() / f"arm64-{digest}"
     if path.is_dir():
         return path
@@ -176,13 +173,14 @@ def _locked(name: str) -> Iterator[None]:
             yield
     except OSError as error:
         raise ToolError(
-            f"cannot write {folder}: {error.strerror or error}; free space there or name another folder in {_FOLDER_VARIABLE}"
+            f"cannot write {folder}: {error.strerror or error}; free space there or name another folder in "
+            f"{_FOLDER_VARIABLE}"
         ) from error
 
 
 @contextmanager
 def _made(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` for a file or folder that takes its place when all went well; nothing stays else."""
+    """A temporary name beside `path` for a file or folder that takes its place when all went well."""
     with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         yield temporary

@@ -277,13 +277,14 @@ def _said(device: AdbDevice, *command: str) -> str:
 
 def adb_needs(target: str) -> tuple[Need, ...]:
     """The client and, where a device is named, that it answers; benchmark_model is the user's."""
+    serial = None if target == "adb*" else parse_adb(target)
     client = find_program("adb")
     if client is None:
         return (Need("adb", problem="adb is not installed", packages=("adb",)),)
     found = Need("adb", found=client)
     if target == "adb*":
         return (found,)
-    device = AdbDevice(parse_adb(target), Path())
+    device = AdbDevice(serial, Path())
     try:
         state = device.run(["get-state"], "looking for it").output.strip()
     except ToolError as error:

@@ -156,13 +156,14 @@ class SshBoard:
 
 def ssh_needs(target: str) -> tuple[Need, ...]:
     """The client; for the address of a board, also that it can be reached and what is installed there."""
+    address = None if target == f"{SCHEME}*" else SshAddress.parse(target)
     client = find_program("ssh")
     if client is None:
         return (Need("ssh", problem="ssh is not installed", packages=("openssh-client",)),)
     found = Need("ssh", found=client)
-    if target == f"{SCHEME}*":
+    if address is None:
         return (found,)
-    board = SshBoard(SshAddress.parse(target))
+    board = SshBoard(address)
     try:
         reply = run_on_board(board, Work("describe"), BoardOptions(limit_seconds=60))
     except UsageError:

@@ -74,7 +74,7 @@ class Container:
         """
         client = find_program("docker")
         if client is None:
-            raise ToolError("docker is not installed; sepdeploy doctor 'docker:*' says how to install it")
+            raise ToolError("docker is not installed; sepdeploy doctor docker says how to install it")
         words = [client, "run", *_CONFINED, f"--name={self.name}"]
         words += ["--interactive"] if is_interactive else []
         words += [f"--mount={_mount(path, place, 'readonly')}" for path, place in (mounts or {}).items()]

@@ -45,7 +45,7 @@ def docker(arguments: Sequence[str], *, purpose: str, limit_seconds: float | Non
     """
     path = find_program("docker")
     if path is None:
-        raise ToolError(f"{purpose}: docker is not installed; sepdeploy doctor 'docker:*' says how to install it")
+        raise ToolError(f"{purpose}: docker is not installed; sepdeploy doctor docker says how to install it")
     limit = _ANSWER_SECONDS if limit_seconds is None else limit_seconds
     return run_program([path, *arguments], limit_seconds=limit, purpose=purpose)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sepdeploy.bench.arm_cores import ArmCore, find_core
-from sepdeploy.bench.arm_counts import count_files
+from sepdeploy.bench.arm_counts import compare_counts
 from sepdeploy.bench.arm_guest import GuestPlace, Launched
 from sepdeploy.bench.board_files import time_files_on_board
 from sepdeploy.bench.board_run import BoardOptions, Model
@@ -77,8 +77,8 @@ def docker_place(core: ArmCore, image: str, limit_seconds: float) -> GuestPlace:
 
 def count_in_docker(
     core: ArmCore, paths: Sequence[Path], progress: Progress, *, image: str, limit_seconds: float, seed: int = 0
-) -> list[Counts | str]:
-    """What one inference of each file executes, counted in a container; see `count_files`.
+) -> list[Counts]:
+    """What one inference of each file executes, counted in a container; see `compare_counts`.
 
     Args:
         core: What is emulated.
@@ -89,13 +89,12 @@ def count_in_docker(
         seed: Of the random inputs.
 
     Raises:
-        UsageError: if a file is neither ONNX nor TFLite, or is not there.
-        ToolError: if the engine or the image is missing or fails.
+        ToolError: if the engine or the image is missing or fails, or a file cannot be counted.
     """
     progress.stage(f"looking for the image {image}")
     require_docker(image)
     try:
-        return count_files(core, paths, progress, seed=seed, place=docker_place(core, image, limit_seconds))
+        return compare_counts(core, paths, progress, seed=seed, place=docker_place(core, image, limit_seconds))
     except ToolError as error:
         if _ENGINE_FAILED not in error.stderr:
             raise

@@ -1,4 +1,4 @@
-"""Times whole files on the runtimes of this machine."""
+"""Whole files: what they are, and how long they take on the runtimes of this machine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ from pathlib import Path
 
 from sepdeploy.bench.session import open_session
 from sepdeploy.bench.timing import measure
-from sepdeploy.core.artifact import Artifact
+from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.measurement import Latency
+from sepdeploy.errors import UsageError
 
-__all__ = ["time_files"]
+__all__ = ["describe_file", "time_files"]
+
+
+def describe_file(path: Path) -> Artifact:
+    """The file at `path` as far as its name tells: a '.int8' in it is the precision.
+
+    Raises:
+        UsageError: if it is not there, or neither ONNX nor TFLite.
+    """
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in {file_format.value for file_format in Format}:
+        raise UsageError(f"{path} is neither an .onnx nor a .tflite file; convert it first with sepdeploy convert")
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file")
+    precision = Precision.INT8 if ".int8" in path.suffixes else Precision.FLOAT32
+    return Artifact.of_file(path, format=Format(suffix), precision=precision, role=Role.CONVERTED)
 
 
 def time_files(files: Sequence[Artifact], *, threads: int, seconds: float, seed: int) -> list[Latency]:

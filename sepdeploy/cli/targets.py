@@ -54,7 +54,7 @@ def _targets(cache: PriceCache) -> list[dict[str, Any]]:
     from sepdeploy.bench.environment import cpu_name
     from sepdeploy.planning.target import TARGETS_BY_NAME
 
-    known = [asdict(row) for row in cache.summary() if row.cpu == cpu_name()]
+    known = [asdict(row) for row in cache.summary() if row.cpu == cpu_name() or row.cpu.endswith(", emulated")]
     targets = []
     for name, find_kind in TARGETS_BY_NAME.items():
         kind = find_kind()
@@ -66,7 +66,7 @@ def _targets(cache: PriceCache) -> list[dict[str, Any]]:
                 "method": kind.method.value,
                 "unit": kind.unit,
                 "missing": kind.missing,
-                "install": kind.install if kind.missing else None,
+                "install": kind.remedy or None,
                 "cached": [
                     {key: row[key] for key in ("precision", "threads", "runtime", "prices", "day")}
                     for row in known

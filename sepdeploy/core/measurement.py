@@ -80,10 +80,10 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one inference of one file executes on an emulated Arm core, and the cycles that a model of the core gives it.
+    """What one inference of one file executes on an emulated Arm core, and what cycles a model of the core gives it.
 
-    Never a time: the cycles are modelled, not measured. Low leaves out what waiting for memory costs, high counts every
-    miss of the simulated caches in full, as if nothing overlapped and nothing was prefetched.
+    Never a time: the cycles are modelled, not measured. Low leaves out what waiting for memory costs, high counts
+    every miss of the simulated caches in full, as if nothing overlapped and nothing was prefetched.
 
     Attributes:
         core: As Arm writes it, 'Cortex-A72'.
@@ -131,6 +131,10 @@ class Counts:
     def cost(self) -> float:
         """What files are compared by, in kilocycles: the middle of the range."""
         return (self.kcycles_low + self.kcycles_high) / 2
+
+    def classes_sum(self, kind: str) -> int:
+        """Instructions of the class `kind` and of the same class on vectors: 'load' or 'store'."""
+        return self.classes.get(kind, 0) + self.classes.get(f"vector_{kind}", 0)
 
     @property
     def low_ms(self) -> float:

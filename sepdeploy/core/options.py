@@ -23,12 +23,35 @@ __all__ = [
     "Goal",
     "MovedInputs",
     "SelectionOptions",
+    "target_for",
 ]
 
-TARGETS: dict[str, Format] = {"ort": Format.ONNX, "litert": Format.TFLITE}
+TARGETS: dict[str, Format] = {
+    "ort": Format.ONNX,
+    "litert": Format.TFLITE,
+    "cortex-a53": Format.TFLITE,
+    "cortex-a53:ort": Format.ONNX,
+    "cortex-a55": Format.TFLITE,
+    "cortex-a55:ort": Format.ONNX,
+    "cortex-a72": Format.TFLITE,
+    "cortex-a72:ort": Format.ONNX,
+    "cortex-a76": Format.TFLITE,
+    "cortex-a76:ort": Format.ONNX,
+}
 """Target -> the file format that it runs; how it is measured is in `planning/target.py`."""
 
-TARGET_TITLES: dict[str, str] = {"ort": "ONNX Runtime", "litert": "LiteRT"}
+TARGET_TITLES: dict[str, str] = {
+    "ort": "ONNX Runtime",
+    "litert": "LiteRT",
+    "cortex-a53": "Cortex-A53 (emulated) LiteRT",
+    "cortex-a53:ort": "Cortex-A53 (emulated) ONNX Runtime",
+    "cortex-a55": "Cortex-A55 (emulated) LiteRT",
+    "cortex-a55:ort": "Cortex-A55 (emulated) ONNX Runtime",
+    "cortex-a72": "Cortex-A72 (emulated) LiteRT",
+    "cortex-a72:ort": "Cortex-A72 (emulated) ONNX Runtime",
+    "cortex-a76": "Cortex-A76 (emulated) LiteRT",
+    "cortex-a76:ort": "Cortex-A76 (emulated) ONNX Runtime",
+}
 """Target -> its name in sentences."""
 
 RECOVERED_BY_RECONSTRUCTION = 3.0
@@ -48,6 +71,23 @@ Goal = Literal["latency", "macs", "params"]
 """What a selection makes small."""
 
 
+def target_for(name: str, file_format: Format) -> str:
+    """The target that runs files of `file_format` on the same processor as the target `name`.
+
+    Raises:
+        UsageError: if there is none.
+
+    >>> target_for("cortex-a72", Format.ONNX), target_for("cortex-a72:ort", Format.TFLITE)
+    ('cortex-a72:ort', 'cortex-a72')
+    """
+    device = name.removesuffix(":ort")
+    alike = ("ort", "litert") if device in {"ort", "litert"} else (device, f"{device}:ort")
+    for candidate in (name, *alike):
+        if TARGETS.get(candidate) is file_format:
+            return candidate
+    raise UsageError(f"there is no target '{name}' for {file_format.value} files; choose one of {', '.join(TARGETS)}")
+
+
 @dataclass(frozen=True, slots=True)
 class SelectionOptions:
     """What the selection of forms makes small, and within which limits besides --max-drop.
@@ -56,7 +96,7 @@ class SelectionOptions:
 
     Attributes:
         goal: What is made small.
-        max_latency: Longest inference on the target, in its unit (ms).
+        max_latency: Longest inference on the target, in its unit: ms, or kcycles of an emulated core.
         max_latency_ratio: The same as a share of the original's, in (0, 1].
         max_size_bytes: Largest weights in the target's precision.
         max_memory_bytes: Highest peak of activations in the target's precision.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
-from sepdeploy.core.measurement import Latency, Quality
+from sepdeploy.core.measurement import Counts, Latency, Measured, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.training import RecoveryStep
@@ -104,6 +104,7 @@ class ArtifactResult:
         latency: Its latency, measured interleaved with the other files of the same runtime.
         max_abs_error: Largest |output - output of the PyTorch network it was exported from| on real images.
         float_ops: For int8 files: operators that still compute in floating point, with their count ('Softmax x1').
+        counts: What it executes on the target, where that is an emulated core: then there is no latency.
     """
 
     artifact: Artifact
@@ -111,6 +112,12 @@ class ArtifactResult:
     latency: Latency | None
     max_abs_error: float | None
     float_ops: tuple[str, ...] = ()
+    counts: Counts | None = None
+
+    @property
+    def measured(self) -> Measured | None:
+        """What it costs on the target's processor."""
+        return self.latency or self.counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +172,7 @@ class Report:
         arch: The architecture, as given.
         command: The command line, or the equivalent of a call from Python.
         seed: Seed of the run.
-        target: Runtime that the speed check is about: 'ort' or 'litert'.
+        target: Name of the target that the speed check is about.
         precision: Precision that both checks are about.
         max_drop_points: Most that the target's file may lose; None if there was no limit.
         guard_limit_points: Limit of the guard, which measures before recovery and after which quantization comes.

@@ -9,12 +9,15 @@ from types import MappingProxyType
 
 from sepdeploy.core.readiness import Need, Readiness
 from sepdeploy.errors import UsageError
-from sepdeploy.planning.target import TARGETS_BY_NAME
+from sepdeploy.planning.target import TARGETS_BY_NAME, TargetKind
 
 __all__ = ["DEFAULT_TARGETS", "DOCTORS", "Doctor", "examine"]
 
 DEFAULT_TARGETS = ("ort", "litert")
 """Targets that `convert` makes and times files for unless told otherwise: what `doctor` is judged by."""
+
+_CORES = "cortex-*"
+_CONTAINERS = "docker*"
 
 Doctor = Callable[[str], Readiness]
 """From the name of a target, as on the command line, to what it needs."""
@@ -22,13 +25,16 @@ Doctor = Callable[[str], Readiness]
 
 def _local(name: str) -> Readiness:
     kind = TARGETS_BY_NAME[name]()
-    needs = tuple(
+    return Readiness(name, kind.summary, _modules(kind))
+
+
+def _modules(kind: TargetKind) -> tuple[Need, ...]:
+    return tuple(
         Need(module, problem=f"the Python package with {module} is not installed", fix=kind.install)
-        if module in kind.missing
+        if module in kind.missing_modules
         else Need(module, found=_version(module))
         for module in kind.modules
     )
-    return Readiness(name, kind.summary, needs)
 
 
 def _version(module: str) -> str:
@@ -41,13 +47,23 @@ def _version(module: str) -> str:
 def _emulated(name: str) -> Readiness:
     from sepdeploy.bench.arm_needs import arm_needs
 
-    return Readiness(name, "Arm cores: instructions counted under emulation", arm_needs())
+    if name == _CORES:
+        return Readiness(name, "Arm cores: instructions counted under emulation", arm_needs())
+    if name not in TARGETS_BY_NAME:
+        raise UsageError(f"there is no target '{name}'; choose one of {', '.join(TARGETS_BY_NAME)}")
+    kind = TARGETS_BY_NAME[name]()
+    return Readiness(name, kind.summary, (*_modules(kind), *arm_needs()))
 
 
 def _docker(name: str) -> Readiness:
+    from sepdeploy.bench.arm_needs import model_needs
     from sepdeploy.bench.docker_engine import docker_needs
+    from sepdeploy.bench.docker_guest import core_of_target
 
-    return Readiness(name, "the same in a Docker image; on an Arm host it is timed as well", docker_needs())
+    is_timed = name != _CONTAINERS and core_of_target(name) is None
+    if is_timed:
+        return Readiness(name, "the processor of an Arm host, in Docker", docker_needs())
+    return Readiness(name, "the same cores, emulated in Docker", (*docker_needs(), *model_needs()))
 
 
 def _ssh(name: str) -> Readiness:
@@ -66,8 +82,8 @@ DOCTORS: Mapping[str, Doctor] = MappingProxyType(
     {
         "ort": _local,
         "litert": _local,
-        "cortex-*": _emulated,
-        "docker:*": _docker,
+        _CORES: _emulated,
+        _CONTAINERS: _docker,
         "ssh://*": _ssh,
         "adb*": _adb,
     }

@@ -5,14 +5,17 @@ A new target (an emulated core, a board, an NPU) is one file with a `TargetKind`
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from sepdeploy.core.artifact import Artifact, Format, Precision
-from sepdeploy.core.measurement import Latency, Method
+from sepdeploy.core.measurement import Measured, Method
+from sepdeploy.core.options import target_for
 from sepdeploy.errors import ToolError, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from sepdeploy.core.progress import Progress
     from sepdeploy.core.selection import FusedBlock, Price
 
-__all__ = ["TARGETS_BY_NAME", "Target", "TargetKind", "find_target"]
+__all__ = ["TARGETS_BY_NAME", "Target", "TargetKind", "bench_target", "find_target"]
 
 
 class Target(Protocol):
@@ -75,8 +78,8 @@ class Target(Protocol):
             One price for each of `others`, in order, or a sentence that says why it could not be built or run.
         """
 
-    def compare(self, files: Sequence[Artifact], *, seconds: float, seed: int) -> list[Latency]:
-        """Latency of whole files of the target's format and precision, in the same rounds where time is measured.
+    def compare(self, files: Sequence[Artifact], *, seconds: float, seed: int) -> Sequence[Measured]:
+        """What whole files cost, in the same rounds where time is measured.
 
         Args:
             files: At least one; speed-ups are relative to the first.
@@ -98,6 +101,8 @@ class TargetKind:
         modules: Python modules that it needs, the runtime's first.
         install: The command that installs them.
         make: From precision and threads to the target.
+        programs: Programs that it needs besides.
+        install_programs: The command that installs them.
     """
 
     name: str
@@ -108,11 +113,29 @@ class TargetKind:
     modules: tuple[str, ...]
     install: str
     make: Callable[[Precision, int], Target]
+    programs: tuple[str, ...] = ()
+    install_programs: str = ""
+
+    @property
+    def missing_modules(self) -> tuple[str, ...]:
+        """Modules that are not installed; none of them is imported to find out."""
+        return tuple(module for module in self.modules if find_spec(module) is None)
+
+    @property
+    def missing_programs(self) -> tuple[str, ...]:
+        """Programs that are not there."""
+        return tuple(program for program in self.programs if shutil.which(program) is None)
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Modules that are not installed; none of them is imported to find out."""
-        return tuple(module for module in self.modules if find_spec(module) is None)
+        """All that is not there."""
+        return (*self.missing_modules, *self.missing_programs)
+
+    @property
+    def remedy(self) -> str:
+        """The commands that install what is missing."""
+        commands = ((self.install, self.missing_modules), (self.install_programs, self.missing_programs))
+        return " and ".join(command for command, missing in commands if missing)
 
 
 def _ort() -> TargetKind:
@@ -127,7 +150,26 @@ def _litert() -> TargetKind:
     return LITERT
 
 
-TARGETS_BY_NAME: Mapping[str, Callable[[], TargetKind]] = MappingProxyType({"ort": _ort, "litert": _litert})
+def _arm(name: str) -> TargetKind:
+    from sepdeploy.planning.arm_target import ARM_KINDS
+
+    return ARM_KINDS[name]
+
+
+TARGETS_BY_NAME: Mapping[str, Callable[[], TargetKind]] = MappingProxyType(
+    {
+        "ort": _ort,
+        "litert": _litert,
+        "cortex-a53": partial(_arm, "cortex-a53"),
+        "cortex-a53:ort": partial(_arm, "cortex-a53:ort"),
+        "cortex-a55": partial(_arm, "cortex-a55"),
+        "cortex-a55:ort": partial(_arm, "cortex-a55:ort"),
+        "cortex-a72": partial(_arm, "cortex-a72"),
+        "cortex-a72:ort": partial(_arm, "cortex-a72:ort"),
+        "cortex-a76": partial(_arm, "cortex-a76"),
+        "cortex-a76:ort": partial(_arm, "cortex-a76:ort"),
+    }
+)
 
 
 def find_target(name: str, precision: Precision, threads: int) -> Target:
@@ -140,11 +182,28 @@ def find_target(name: str, precision: Precision, threads: int) -> Target:
     >>> find_target("ort", Precision.INT8, 2).unit
     'ms'
     """
+    kind = _kind_of(name, threads)
+    if kind.missing:
+        raise ToolError(f"target {name} needs {', '.join(kind.missing)}: run {kind.remedy}")
+    return kind.make(precision, threads)
+
+
+def bench_target(name: str, file_format: Format, threads: int) -> Target:
+    """The target on the processor of `name` that runs files of `file_format`, to compare whole files on.
+
+    Raises:
+        UsageError: if there is none, or `threads` is not positive.
+        ToolError: if a program that it needs is not there; what makes blocks and files may be missing.
+    """
+    kind = _kind_of(target_for(name, file_format), threads)
+    if kind.missing_programs:
+        raise ToolError(f"target {name} needs {', '.join(kind.missing_programs)}: run {kind.install_programs}")
+    return kind.make(Precision.FLOAT32, threads)
+
+
+def _kind_of(name: str, threads: int) -> TargetKind:
     if name not in TARGETS_BY_NAME:
         raise UsageError(f"there is no target '{name}'; choose one of {', '.join(TARGETS_BY_NAME)}")
     if threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
-    kind = TARGETS_BY_NAME[name]()
-    if kind.missing:
-        raise ToolError(f"target {name} needs {', '.join(kind.missing)}: run {kind.install}")
-    return kind.make(precision, threads)
+    return TARGETS_BY_NAME[name]()

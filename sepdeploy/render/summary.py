@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sepdeploy.core.artifact import Format, Role
 from sepdeploy.core.describe import describe_form
-from sepdeploy.core.measurement import Environment, Latency, Method, Quality
+from sepdeploy.core.measurement import Counts, Environment, Measured, Method, Quality
 from sepdeploy.core.options import TARGET_TITLES, TARGETS
 from sepdeploy.core.plan import Decision, Plan, Reason, Replaced
 from sepdeploy.core.report import ArtifactResult, Report
@@ -113,8 +113,10 @@ def verdict(report: Report) -> str:
 
 
 def _speed_clause(report: Report) -> str:
-    before, after = _target_latencies(report)
+    before, after = _target_costs(report)
     speedup = speedup_between(before, after)
+    if isinstance(after, Counts) and speedup is not None:
+        return f"needs {_fewer_or_more(speedup)} modelled cycles than the original on {target_label(report)}"
     if speedup is None:
         factor = change_text(report.original.macs, report.converted.macs, less="fewer", more="more")
         return f"needs {factor} multiply-accumulates (its latency was not measured)"
@@ -139,21 +141,21 @@ def _final_quality(report: Report) -> Quality:
     return result.quality if result and result.quality else report.converted_quality
 
 
-def _target_latencies(report: Report) -> tuple[Latency | None, Latency | None]:
+def _target_costs(report: Report) -> tuple[Measured | None, Measured | None]:
     before, after = target_result(report, Role.ORIGINAL), target_result(report, Role.CONVERTED)
-    return before.latency if before else None, after.latency if after else None
+    return before.measured if before else None, after.measured if after else None
 
 
-def speedup_between(before: Latency | None, after: Latency | None) -> Speedup | None:
+def speedup_between(before: Measured | None, after: Measured | None) -> Speedup | None:
     """How much faster `after` is than `before`; None if one of them was not measured.
 
-    The interleaved comparison is used where `before` was the reference of it, else the ratio of the medians.
+    The comparison of both is used where `before` was the reference of it, else the ratio of the medians.
     """
     if before is None or after is None:
         return None
     if before.speedup is None and after.speedup is not None:
         return Speedup(after.speedup, after.speedup_low, after.speedup_high)
-    return Speedup(before.median_ms / after.median_ms, None, None)
+    return Speedup(before.cost / after.cost, None, None)
 
 
 def speedup_text(speedup: Speedup) -> str:
@@ -176,7 +178,7 @@ def summarize(report: Report) -> tuple[SummaryRow, ...]:
         _cost_row("MACs for one image", original.macs, converted.macs),
         _cost_row("Parameters", original.params, converted.params),
         _memory_row(report),
-        _latency_row(report),
+        _target_row(report),
     )
 
 
@@ -223,10 +225,12 @@ def selection_sentence(report: Report) -> str:
     if selection is None or selection.measured_cost is None or selection.speedup is None:
         return ""
     predicted = selection.original_cost / selection.predicted_cost if selection.predicted_cost > 0 else math.inf
-    unit = selection.unit
+    is_counted = selection.unit == "kcycles"
+    unit = f"modelled {selection.unit}" if is_counted else selection.unit
+    verb = "counted" if is_counted else "measured"
     return (
-        f"Chosen by prices measured block by block: {three_digits(selection.original_cost)} {unit} for the original, "
-        f"{three_digits(selection.predicted_cost)} {unit} predicted ({times_text(predicted)}); measured as a whole "
+        f"Chosen by prices {verb} block by block: {three_digits(selection.original_cost)} {unit} for the original, "
+        f"{three_digits(selection.predicted_cost)} {unit} predicted ({times_text(predicted)}); {verb} as a whole "
         f"right after the choice: {three_digits(selection.measured_cost)} {unit} ({times_text(selection.speedup)})."
     )
 
@@ -267,17 +271,31 @@ def _cost_row(quantity: str, before: int, after: int) -> SummaryRow:
     )
 
 
-def _latency_row(report: Report) -> SummaryRow:
-    before, after = _target_latencies(report)
+def _target_row(report: Report) -> SummaryRow:
+    before, after = _target_costs(report)
     known = after or before
     threads = f", {plural(known.environment.threads, 'thread')}" if known else ""
-    quantity = f"Latency ({target_label(report)}{threads}), median (min)"
-    was, now = (
-        f"{three_digits(latency.median_ms)} ({three_digits(latency.minimum_ms)}) ms" if latency else "not measured"
-        for latency in (before, after)
-    )
     speedup = speedup_between(before, after)
+    was, now = map(_cost_text, (before, after))
+    if isinstance(known, Counts):
+        quantity = f"Modelled kcycles ({target_label(report)}{threads}), low to high"
+        return SummaryRow(quantity, was, now, _fewer_or_more(speedup) if speedup else "")
+    quantity = f"Latency ({target_label(report)}{threads}), median (min)"
     return SummaryRow(quantity, was, now, _faster_or_slower(speedup) if speedup else "")
+
+
+def _cost_text(measured: Measured | None) -> str:
+    if measured is None:
+        return "not measured"
+    if isinstance(measured, Counts):
+        return f"{three_digits(measured.kcycles_low)} to {three_digits(measured.kcycles_high)}"
+    return f"{three_digits(measured.median_ms)} ({three_digits(measured.minimum_ms)}) ms"
+
+
+def _fewer_or_more(speedup: Speedup) -> str:
+    if speedup.value >= 1:
+        return f"{times_text(speedup.value)} fewer"
+    return f"{times_text(1 / speedup.value)} more"
 
 
 def _faster_or_slower(speedup: Speedup) -> str:
@@ -286,7 +304,7 @@ def _faster_or_slower(speedup: Speedup) -> str:
     return f"{times_text(1 / speedup.value)} slower"
 
 
-def common_method(latencies: Iterable[Latency]) -> Method | None:
+def common_method(latencies: Iterable[Measured]) -> Method | None:
     """The one method behind all `latencies`, None if there are none.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Size
 from sepdeploy.core.conv import ConvSite, Trace
-from sepdeploy.core.measurement import Latency, Quality
+from sepdeploy.core.measurement import Counts, Latency, Quality
 from sepdeploy.core.plan import Candidate, Kept, Plan, Reason
 from sepdeploy.core.report import ArtifactResult, Report
 from sepdeploy.render.format_numbers import plural, three_digits, times_text
@@ -30,7 +30,16 @@ from sepdeploy.render.tables import NONE, Column, add_row, add_totals, kilo, mak
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["artifacts_table", "inspect_table", "latency_table", "plan_table", "recovery_table", "summary_table"]
+__all__ = [
+    "artifacts_table",
+    "classes_table",
+    "counts_table",
+    "inspect_table",
+    "latency_table",
+    "plan_table",
+    "recovery_table",
+    "summary_table",
+]
 
 CandidateTable = Mapping[str, Mapping[str, Candidate | Kept]]
 """Site name -> scheme name -> what the scheme offers for it."""
@@ -68,6 +77,8 @@ def recovery_table(report: Report) -> Table:
 def artifacts_table(report: Report) -> Table:
     """Every file with its size, quality and latency; a speedup is that over the reference of its runtime.
 
+    Files that were counted and not timed have no columns of latency (`counts_table`).
+
     Format, precision and role stand in the file's name: 'original/model.int8.tflite'.
 
     Raises:
@@ -80,22 +91,24 @@ def artifacts_table(report: Report) -> Table:
         Column("size\n(MB)"),
         Column(f"{_QUALITY_HEADERS.get(basis, basis)}\n(%)"),
         Column("SQNR\n(dB)"),
-        *_TIME_COLUMNS,
-        _SPEEDUP_COLUMN,
     ]
-    table = make_table("Files", columns, caption=_measurement_caption(latencies))
+    if any(result.counts for result in report.artifacts):
+        table = make_table("Files", columns)
+        for result in report.artifacts:
+            add_row(table, result.artifact.path, *_quality_cells(result))
+        return table
+    table = make_table("Files", [*columns, *_TIME_COLUMNS, _SPEEDUP_COLUMN], caption=_measurement_caption(latencies))
     for result in report.artifacts:
-        add_row(table, result.artifact.path, *_artifact_cells(result))
+        times = (*_time_cells(result.latency), _speedup_cell(result.latency))
+        add_row(table, result.artifact.path, *_quality_cells(result), *times)
     return table
 
 
-def _artifact_cells(result: ArtifactResult) -> Iterable[str]:
+def _quality_cells(result: ArtifactResult) -> Iterable[str]:
     quality = result.quality
     yield three_digits(result.artifact.size_bytes / 1e6)
     yield _quality_cell(quality)
     yield NONE if quality is None or quality.sqnr_db is None else f"{quality.sqnr_db:.1f}"
-    yield from _time_cells(result.latency)
-    yield _speedup_cell(result.latency)
 
 
 def _quality_cell(quality: Quality | None) -> str:
@@ -133,6 +146,65 @@ def latency_table(results: Mapping[str, Latency]) -> Table:
     for name, latency in results.items():
         add_row(table, name, *_time_cells(latency), f"{latency.repeats:,}", _speedup_cell(latency))
     return table
+
+
+def counts_table(results: Mapping[str, Counts]) -> Table:
+    """What files execute on an emulated core, and the cycles that a model gives them."""
+    columns = [
+        Column("file", "name"),
+        *map(Column, ("instr.\n(M)", "MACs\n(M)", "loads\n(M)", "stores\n(M)", "L1 miss\n(k)", "L2 miss\n(k)")),
+        *map(Column, ("kcycles\nlow", "kcycles\nhigh", "ms, low\nto high", "fewer\ncycles")),
+    ]
+    table = make_table("Counted under emulation, one inference", columns, caption=_counts_caption(results.values()))
+    for name, counts in results.items():
+        loads, stores = (counts.classes_sum(kind) for kind in ("load", "store"))
+        add_row(
+            table,
+            name,
+            *map(mega, (counts.instructions, counts.macs, loads, stores)),
+            *map(kilo, (counts.l1_misses, counts.l2_misses)),
+            three_digits(counts.kcycles_low),
+            three_digits(counts.kcycles_high),
+            f"{three_digits(counts.low_ms)} - {three_digits(counts.high_ms)}",
+            _fewer_cell(counts),
+        )
+    return table
+
+
+def classes_table(results: Mapping[str, Counts]) -> Table:
+    """Executed instructions by class, in thousands, one column for each file."""
+    table = make_table(
+        "Instructions by class (k)",
+        [Column("class", "name"), *(Column(f"file {place}") for place, _ in enumerate(results, 1))],
+        caption="; ".join(f"file {place}: {name}" for place, name in enumerate(results, 1)),
+    )
+    sums = {
+        name: sum(each.classes.get(name, 0) for each in results.values())
+        for each in results.values()
+        for name in each.classes
+    }
+    for name in sorted(sums, key=lambda name: -sums[name]):
+        add_row(table, name.replace("_", " "), *(kilo(each.classes.get(name, 0)) for each in results.values()))
+    return table
+
+
+def _fewer_cell(counts: Counts) -> str:
+    if counts.speedup is None:
+        return "reference"
+    return f"{times_text(counts.speedup)}\n{counts.speedup_low:.2f} - {counts.speedup_high:.2f}"
+
+
+def _counts_caption(counts: Iterable[Counts]) -> str:
+    counts = tuple(counts)
+    places = dict.fromkeys(f"{each.environment.runtime} on a {each.environment.cpu}" for each in counts)
+    clocks = dict.fromkeys(f"{each.core} at {each.clock_ghz:g} GHz" for each in counts)
+    worst = max((each.spread_ratio for each in counts), default=0.0)
+    return (
+        f"{'; '.join(places)}; repeats agree within {100 * worst:.2g}%. Cycles and milliseconds ({', '.join(clocks)}) "
+        "are modelled, not measured: llvm-mca over the executed instructions with every load in the first cache (low), "
+        "and every miss of the simulated caches waited for (high). Fewer cycles: against the first file, at the middle "
+        "and at both ends."
+    )
 
 
 def _measurement_caption(latencies: Iterable[Latency]) -> str:

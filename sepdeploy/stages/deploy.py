@@ -15,14 +15,13 @@ from torch import nn
 
 from sepdeploy.bench.accuracy import QualityMeter
 from sepdeploy.bench.environment import cpu_name
-from sepdeploy.bench.files import time_files
 from sepdeploy.bench.session import open_session
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import replacing, sha256_of_file
-from sepdeploy.core.measurement import Latency, Quality
-from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.measurement import Counts, Measured, Method, Quality
+from sepdeploy.core.options import ConvertOptions, target_for
 from sepdeploy.core.plan import Plan, lowered_for
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import ArtifactResult
@@ -32,7 +31,7 @@ from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.passes.lower_chains import DEFAULT_LOWERINGS, lower_chains, lowerings_that_apply
 from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import Evaluator, run_network
-from sepdeploy.planning.target import find_target
+from sepdeploy.planning.target import TARGETS_BY_NAME, find_target
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.stages.load import Inputs
 from sepdeploy.version import __version__
@@ -41,10 +40,10 @@ __all__ = [
     "artifact_path",
     "deploy",
     "fold_network",
-    "measure_latency",
+    "measure_cost",
     "measure_network",
     "measure_quality",
-    "target_latency",
+    "target_cost",
     "versions",
     "wanted_lowerings",
 ]
@@ -330,26 +329,34 @@ def measure_network(
     return read_json(Quality, path)
 
 
-def target_latency(results: Sequence[ArtifactResult], options: ConvertOptions) -> Latency:
-    """Latency of the last of some files on the target; against the first, in the same rounds, if there are several."""
+def target_cost(results: Sequence[ArtifactResult], options: ConvertOptions) -> Measured:
+    """What the last of some files costs on the target; against the first, in the same rounds, if there are several."""
     target = find_target(options.target, options.precision, options.threads)
     files = [result.artifact for result in results]
     return target.compare(files, seconds=options.bench_seconds, seed=options.seed)[-1]
 
 
-def measure_latency(results: list[ArtifactResult], options: ConvertOptions, progress: Progress) -> list[ArtifactResult]:
-    """Time every file, each converted one interleaved with the original of its format and precision."""
-    timed = []
+def measure_cost(results: list[ArtifactResult], options: ConvertOptions, progress: Progress) -> list[ArtifactResult]:
+    """Time or count every file on the target's processor, each converted one beside the original of its kind."""
+    measured = []
     for file_format in options.formats:
         for precision in Precision:
             pair = [r for r in results if (r.artifact.format, r.artifact.precision) == (file_format, precision)]
-            progress.stage(f"timing {file_format.value} {precision.value}, {options.threads} threads")
+            kind = TARGETS_BY_NAME[target_for(options.target, file_format)]()
+            verb = "timing" if kind.method is Method.WALL_CLOCK else f"{kind.name}: counting"
+            progress.stage(f"{verb} {file_format.value} {precision.value}, {options.threads} threads")
             pair.sort(key=lambda r: r.artifact.role is not Role.ORIGINAL)  # the first is the reference
-            latencies = time_files(
-                [r.artifact for r in pair], threads=options.threads, seconds=options.bench_seconds, seed=options.seed
-            )
-            timed += [replace(r, latency=latency) for r, latency in zip(pair, latencies, strict=True)]
-    return timed
+            # Without asking for all that pricing needs: files of the other format run without it.
+            target = kind.make(precision, options.threads)
+            found = target.compare([r.artifact for r in pair], seconds=options.bench_seconds, seed=options.seed)
+            measured += [_with_measured(r, each) for r, each in zip(pair, found, strict=True)]
+    return measured
+
+
+def _with_measured(result: ArtifactResult, measured: Measured) -> ArtifactResult:
+    if isinstance(measured, Counts):
+        return replace(result, counts=measured)
+    return replace(result, latency=measured)
 
 
 def _first_images(inputs: Inputs) -> np.ndarray:

@@ -14,7 +14,7 @@ from sepdeploy.core.codec import write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_file, write_text
 from sepdeploy.core.manifest import FileEntry, Manifest, RunRecord
-from sepdeploy.core.measurement import Quality
+from sepdeploy.core.measurement import Counts, Quality
 from sepdeploy.core.memory import BYTES_PER_VALUE, MemoryProfile
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
@@ -188,14 +188,17 @@ def _limit_checks(
     options: ConvertOptions, converted: ArtifactResult, network: nn.Module, memory: MemoryProfile
 ) -> Iterator[Check]:
     """Whether what was asked of the selection holds for what is handed over."""
-    wanted, latency = options.selection, converted.latency
+    wanted, measured = options.selection, converted.measured
     where = f"{options.target} {options.precision.value}"
-    if wanted.max_latency is not None and latency is not None:
-        sentence = f"{latency.median_ms:.3g} ms for one inference on {where} (median), the limit is"
-        yield Check("latency", latency.median_ms <= wanted.max_latency, f"{sentence} {wanted.max_latency:g} ms")
-    if wanted.max_latency_ratio is not None and latency is not None and latency.speedup is not None:
-        ratio = 1 / latency.speedup
-        sentence = f"{100 * ratio:.3g}% of the original's latency on {where}, the limit is"
+    is_time = not isinstance(measured, Counts)
+    if wanted.max_latency is not None and measured is not None:
+        unit, kind = ("ms", "median") if is_time else ("kcycles", "modelled, the middle of the range")
+        sentence = f"{measured.cost:.4g} {unit} for one inference on {where} ({kind}), the limit is"
+        yield Check("latency", measured.cost <= wanted.max_latency, f"{sentence} {wanted.max_latency:g} {unit}")
+    if wanted.max_latency_ratio is not None and measured is not None and measured.speedup is not None:
+        ratio = 1 / measured.speedup
+        what = "latency" if is_time else "modelled cycles"
+        sentence = f"{100 * ratio:.3g}% of the original's {what} on {where}, the limit is"
         yield Check("latency", ratio <= wanted.max_latency_ratio, f"{sentence} {100 * wanted.max_latency_ratio:.3g}%")
     if wanted.max_size_bytes is not None:
         size = sum(p.numel() for p in network.parameters()) * BYTES_PER_VALUE[options.precision]
@@ -215,18 +218,25 @@ def _limit_checks(
 
 
 def _speed_check(options: ConvertOptions, plan: Plan, converted: ArtifactResult) -> Check:
-    latency = converted.latency
+    measured = converted.measured
     if not plan.replaced:
         what = "no form is better within the limits" if options.selects else "no convolution could be replaced"
         return Check("speed", False, f"{what}, so the files hold the original network; the plan says why")
-    if latency is None or latency.speedup is None or latency.speedup_low is None:
-        raise ContractError("the target's file was not timed against the original")
-    threads = f"{latency.environment.threads} thread{'s' if latency.environment.threads > 1 else ''}"
+    if measured is None or measured.speedup is None or measured.speedup_low is None:
+        raise ContractError("the target's file was not compared with the original")
+    is_faster = measured.speedup_low > 1
+    where = f"{options.target} {options.precision.value}, {plural(measured.environment.threads, 'thread')}"
+    if isinstance(measured, Counts):
+        sentence = (
+            f"the original needs {measured.speedup:.2f}x the modelled cycles ({measured.speedup_low:.2f} to "
+            f"{measured.speedup_high:.2f} from the one end of the model to the other) on {where}; instructions were "
+            "counted under emulation, no time was measured"
+        )
+        return Check("speed", is_faster, sentence)
     sentence = (
-        f"{latency.speedup:.2f}x the original's speed (95% interval {latency.speedup_low:.2f} to "
-        f"{latency.speedup_high:.2f}) on {options.target} {options.precision.value}, {threads}"
+        f"{measured.speedup:.2f}x the original's speed (95% interval {measured.speedup_low:.2f} to "
+        f"{measured.speedup_high:.2f}) on {where}"
     )
-    is_faster = latency.speedup_low > 1
     if not is_faster:
         sentence += (
             "; it was when the plan was checked: this machine is busier or slower now, repeat on an idle one"
@@ -347,9 +357,10 @@ def _file_notes(options: ConvertOptions, results: Sequence[ArtifactResult]) -> t
         if limit is not None and r.quality is not None and r.quality.drop_points > limit
     )
     notes += tuple(
-        f"{r.artifact.path} is slower than the original's file: {r.latency.speedup:.2f}x its speed"
+        f"{r.artifact.path} is slower than the original's file: {r.measured.speedup:.2f}x its speed"
+        f"{' by modelled cycles' if r.counts else ''}"
         for r in converted
-        if r.latency is not None and r.latency.speedup_high is not None and r.latency.speedup_high < 1
+        if r.measured is not None and r.measured.speedup_high is not None and r.measured.speedup_high < 1
     )
     notes += tuple(
         f"{r.artifact.path} still computes in floating point: {', '.join(r.float_ops)}"

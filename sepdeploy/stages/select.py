@@ -14,7 +14,7 @@ from sepdeploy.core.artifact import Precision
 from sepdeploy.core.codec import read_json, to_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_bytes
-from sepdeploy.core.measurement import Latency, Quality
+from sepdeploy.core.measurement import Measured, Quality
 from sepdeploy.core.memory import BYTES_PER_VALUE
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.pareto import FrontPoint
@@ -57,7 +57,7 @@ def run_selection(
     weighed: Selection,
     evaluator: Evaluator,
     limit_points: float | None,
-    timed: Callable[[Plan, nn.Module], Latency],
+    timed: Callable[[Plan, nn.Module], Measured],
     progress: Progress,
 ) -> tuple[Plan, nn.Module, GuardRecord]:
     """Choose, and give up what does not make the whole faster; plan.json, work/transferred.pt and work/guard.json.
@@ -109,7 +109,7 @@ class _Run:
         search: Search,
         traced: Trace,
         limit_points: float | None,
-        timed: Callable[[Plan, nn.Module], Latency],
+        timed: Callable[[Plan, nn.Module], Measured],
         progress: Progress,
     ) -> None:
         self.options, self.weighed, self.search, self.traced = options, weighed, search, traced
@@ -199,12 +199,12 @@ class _Run:
             return ()
         return (f"the solver ran out of time: another plan may be better by up to {100 * self.search.gap:.2g}%",)
 
-    def _record(self, plan: Plan, latency: Latency | None, given_up: tuple[str, ...]) -> SelectionSummary:
+    def _record(self, plan: Plan, latency: Measured | None, given_up: tuple[str, ...]) -> SelectionSummary:
         return SelectionSummary(
             unit=self.weighed.unit,
             original_cost=self.weighed.original_cost,
             predicted_cost=self.weighed.original_cost + self._difference(plan),
-            measured_cost=None if latency is None else latency.median_ms,
+            measured_cost=None if latency is None else latency.cost,
             speedup=None if latency is None else latency.speedup,
             speedup_low=None if latency is None else latency.speedup_low,
             speedup_high=None if latency is None else latency.speedup_high,
