@@ -108,7 +108,7 @@ def _differences(job: dict[str, Any]) -> list[dict[str, Any] | str]:
 
     reference, *others = (opened(*model) for model in job["models"])
     if isinstance(reference, str):
-        raise ToolError(f"the layer as it is cannot be measured: {reference}")
+        return [f"the layer as it is cannot be measured: {reference}"] * len(others)
     sessions = [session for session in others if not isinstance(session, str)]
     found = iter(measure_differences(reference, sessions, seconds=job["seconds"], seed=job["seed"]))
     return [session if isinstance(session, str) else asdict(next(found)) for session in others]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from sepdeploy.bench.board_run import PYTHON_PROGRAM, BoardOptions, Work, run_on_board
 from sepdeploy.bench.outside_programs import find_program, last_line
 from sepdeploy.core.readiness import Need
+from sepdeploy.core.ssh_address import SCHEME, SshAddress
 from sepdeploy.errors import SepdeployError, ToolError, UsageError
 
-__all__ = ["SCHEME", "SshAddress", "SshBoard", "ssh_needs"]
+__all__ = ["CONFIG_VARIABLE", "SshBoard", "ssh_needs"]
 
-SCHEME = "ssh://"
-
-_ADDRESS = re.compile(
-    r"(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]*)@)?"
-    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?)\]|(?P<host>[A-Za-z0-9_][A-Za-z0-9_.-]*))"
-    r"(?::(?P<port>[0-9]{1,5}))?/?"
-)
+CONFIG_VARIABLE = "SEPDEPLOY_SSH_CONFIG"
+"""Names a configuration of ssh in the place of the user's."""
 
 # Words that must stay in the command line of ssh whatever the user's configuration says.
 _OPTIONS = (
@@ -45,58 +41,6 @@ _SSH_FAILED = 255
 
 
 @dataclass(frozen=True, slots=True)
-class SshAddress:
-    """Where a board is.
-
-    Attributes:
-        host: Name or address, or an alias from the configuration of ssh.
-        user: None is what ssh takes by itself.
-        port: None is what ssh takes by itself.
-    """
-
-    host: str
-    user: str | None = None
-    port: int | None = None
-
-    @classmethod
-    def parse(cls, target: str) -> SshAddress:
-        """Read 'ssh://user@host:port'.
-
-        Nothing passes that ssh, or a shell that it starts, could take for an option or a command.
-
-        Raises:
-            UsageError: if it is no such address.
-
-        >>> SshAddress.parse("ssh://pi@raspberrypi.local:2222")
-        SshAddress(host='raspberrypi.local', user='pi', port=2222)
-        """
-        found = _ADDRESS.fullmatch(target.removeprefix(SCHEME)) if target.startswith(SCHEME) else None
-        port = int(found["port"]) if found and found["port"] else None
-        if found is None or (port is not None and not 1 <= port <= 65535):
-            raise UsageError(
-                f"{target!r} is no board: give ssh://user@host or ssh://user@host:port, with letters, digits, dots, "
-                "hyphens and underscores, and an IPv6 address in brackets"
-            )
-        return cls(found["ipv6"] or found["host"], found["user"], port)
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        user = f"{self.user}@" if self.user else ""
-        return f"{SCHEME}{user}{host}{f':{self.port}' if self.port else ''}"
-
-    def arguments(self) -> list[str]:
-        """The address as arguments of ssh, the host last and after '--'."""
-        port = ["-p", str(self.port)] if self.port else []
-        user = ["-l", self.user] if self.user else []
-        return [*port, *user, "--", self.host]
-
-    def login(self) -> str:
-        """How a person would connect."""
-        user = f"{self.user}@" if self.user else ""
-        return f"{f'-p {self.port} ' if self.port else ''}{user}{self.host}"
-
-
-@dataclass(frozen=True, slots=True)
 class SshBoard:
     """A board that ssh reaches; see `Board`.
 
@@ -107,6 +51,16 @@ class SshBoard:
 
     address: SshAddress
     config: Path | None = None
+
+    @classmethod
+    def of_target(cls, target: str) -> SshBoard:
+        """The board of a target, ssh://USER@HOST[:PORT][:ort], with the configuration that the environment names.
+
+        Raises:
+            UsageError: if it is no such target.
+        """
+        config = os.environ.get(CONFIG_VARIABLE)
+        return cls(SshAddress.parse(target.removesuffix(":ort")), Path(config) if config else None)
 
     @property
     def name(self) -> str:
@@ -156,14 +110,13 @@ class SshBoard:
 
 def ssh_needs(target: str) -> tuple[Need, ...]:
     """The client; for the address of a board, also that it can be reached and what is installed there."""
-    address = None if target == f"{SCHEME}*" else SshAddress.parse(target)
+    board = None if target == f"{SCHEME}*" else SshBoard.of_target(target)
     client = find_program("ssh")
     if client is None:
         return (Need("ssh", problem="ssh is not installed", packages=("openssh-client",)),)
     found = Need("ssh", found=client)
-    if address is None:
+    if board is None:
         return (found,)
-    board = SshBoard(address)
     try:
         reply = run_on_board(board, Work("describe"), BoardOptions(limit_seconds=60))
     except UsageError:

@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from sepdeploy.cli.parameters import Shape, is_first_process, print_tables, shown_progress
+from sepdeploy.cli.parameters import Shape, TargetName, is_first_process, print_tables, shown_progress
 from sepdeploy.cli.selection_options import selection_options
-from sepdeploy.core.options import TARGETS
 
 __all__ = ["command"]
 
@@ -33,7 +32,7 @@ _FRONT_POINTS = 8
 @click.option("--max-drop", type=click.FloatRange(0, 100), metavar="POINTS", help="Most accuracy that may be lost.")
 @click.option("--recoverable", type=click.FloatRange(0, 100), metavar="POINTS", help="How far beyond --max-drop the "
               "plan may go because training wins it back; default 3, as 'convert' has it.")  # fmt: skip
-@click.option("--target", default="ort", show_default=True, type=click.Choice(tuple(TARGETS)),
+@click.option("--target", default="ort", show_default=True, type=TargetName(),
               help="Runtime that forms are measured on; 'sepdeploy targets' lists them.")  # fmt: skip
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "int8")),
               help="Precision that they are measured in.")  # fmt: skip

@@ -52,8 +52,10 @@ class RemoteOptions:
 _OPTIONS = (
     click.option("--time-limit", default=600.0, show_default=True, type=click.FloatRange(0, min_open=True),
                  metavar="SECONDS", help="How long a board, a device or a container may take in all."),
-    click.option("--ssh-config", type=_ON_PATH, help="Configuration of ssh in the place of your own."),
-    click.option("--board-python", metavar="PATH", help="Python on the board, such as that of a virtual environment "
+    click.option("--ssh-config", type=_ON_PATH, envvar="SEPDEPLOY_SSH_CONFIG", show_envvar=True,
+                 help="Configuration of ssh in the place of your own."),
+    click.option("--board-python", metavar="PATH", envvar="SEPDEPLOY_BOARD_PYTHON", show_envvar=True,
+                 help="Python on the board, such as that of a virtual environment "
                  "there; default: python3."),
     click.option("--board-wheels", type=_ON_PATH, metavar="FOLDER",
                  help="Wheels to send to a board on which numpy and the runtime are not installed."),
@@ -100,11 +102,12 @@ def _on_board(
 ) -> Sequence[Measured]:
     from sepdeploy.bench.board_files import time_files_on_board
     from sepdeploy.bench.board_run import BoardOptions, Model
-    from sepdeploy.bench.board_ssh import SshAddress, SshBoard
+    from sepdeploy.bench.board_ssh import SshBoard
+    from sepdeploy.core.ssh_address import SshAddress
 
     if options.ssh_config is not None and not options.ssh_config.is_file():
         raise UsageError(f"--ssh-config {options.ssh_config} does not exist or is not a file")
-    board = SshBoard(SshAddress.parse(target), options.ssh_config)
+    board = SshBoard(SshAddress.parse(target.removesuffix(":ort")), options.ssh_config)
     how = BoardOptions(options.time_limit, options.board_python, _wheels(options.board_wheels))
     models = [Model(path) for path in paths]
     return time_files_on_board(board, models, threads=threads, seconds=seconds, seed=0, options=how)

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from sepdeploy.bench.arm_root import find_root
+from sepdeploy.core.progress import Silent
+
 LIMIT_SECONDS = 20.0
 
 _RUN = 'exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
@@ -23,11 +26,12 @@ COMMANDS = {
     "native": f"TMPDIR={{tmp}} PATH={{bin}}/bin-native:$PATH {_RUN}",
     "chatty": f"echo Welcome; echo 12; TMPDIR={{tmp}} PATH={{bin}}/bin-native:$PATH {_RUN}",
     "bare": f"TMPDIR={{tmp}} PATH={{bin}}/bin-bare:$PATH {_RUN}",
+    "emulated": f"TMPDIR={{tmp}} PATH={{bin}}/bin-emulated:$PATH {_RUN}",
     "pythonless": f"PATH={{bin}}/bin-none {_RUN}",
     "hanging": "sleep 60",
 }
-"""Boards: with this Python, with a login script that talks, with a Python without packages, with none, and one that
-never answers."""
+"""Boards: with this Python, with a login script that talks, with a Python without packages, in the emulated arm64
+root, without a Python, and one that never answers."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,12 @@ def ssh_boards(program: Callable[[str], str], tmp_path_factory: pytest.TempPathF
     """Boards for every occasion; see `COMMANDS`."""
     program("ssh")
     folder = tmp_path_factory.mktemp("ssh")
-    folders = {"native": f'exec {sys.executable} "$@"', "bare": f'exec {sys.executable} -S "$@"', "none": None}
+    folders = {
+        "native": f'exec {sys.executable} "$@"',
+        "bare": f'exec {sys.executable} -S "$@"',
+        "emulated": None,
+        "none": None,
+    }
     for name, text in folders.items():
         (folder / f"bin-{name}").mkdir()
         if text is not None:
@@ -171,3 +180,16 @@ def ssh_boards(program: Callable[[str], str], tmp_path_factory: pytest.TempPathF
     commands = {name: command.replace("{bin}", str(folder)) for name, command in COMMANDS.items()}
     with ssh_server(program("sshd"), folder, commands) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def emulated_board(ssh_boards: SshServer, program: Callable[[str], str]) -> str:
+    """Name of the board whose Python is that of the arm64 root, under the emulator."""
+    view = find_root(Silent()) / "cortex-a72"
+    wrapper = ssh_boards.folder / "bin-emulated" / "python3"
+    wrapper.write_text(
+        f"#!/bin/sh\nexport PYTHONPATH={view}/opt/site\n"
+        f'exec {program("qemu-aarch64")} -cpu cortex-a72 -L {view} {view}/usr/bin/python3.11 "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    return "emulated"

@@ -9,15 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sepdeploy.bench.board_run import BoardOptions, Model, Work, run_on_board
-from sepdeploy.bench.board_ssh import SshAddress, SshBoard, ssh_needs
+from sepdeploy.bench.board_ssh import SshBoard, ssh_needs
+from sepdeploy.bench.environment import cpu_name
+from sepdeploy.bench.files import describe_file
 from sepdeploy.cli.main import run
+from sepdeploy.core.artifact import Precision
+from sepdeploy.core.chain import Chain, ChainSum
+from sepdeploy.core.conv import ConvSpec
 from sepdeploy.core.files import sha256_of_file
+from sepdeploy.core.measurement import Method
+from sepdeploy.core.progress import Silent
+from sepdeploy.core.selection import FusedBlock
+from sepdeploy.core.ssh_address import SshAddress
 from sepdeploy.errors import SepdeployError, ToolError, UsageError
+from sepdeploy.planning.target import find_target
 
 OPTIONS = BoardOptions(limit_seconds=60)
 
@@ -158,6 +169,21 @@ def test_nothing_listens(onnx_file, ssh_boards, capsys):
     assert "Connection refused; see whether ssh -p 1 native works" in capsys.readouterr().err
 
 
+def test_an_emulated_board_is_told_apart(emulated_board, bench, board, ssh_boards, onnx_file, capsys):
+    """The whole way through the arm64 root: all that is wrong with it are its times."""
+    assert bench(emulated_board, onnx_file) == 4
+    assert "runs under emulation (qemu-aarch64 on x86): times from there say nothing" in capsys.readouterr().err
+    reply = run_on_board(
+        board(emulated_board),
+        Work("latencies", (Model(onnx_file),), seconds=0.01),
+        BoardOptions(limit_seconds=120, is_emulation_allowed=True),
+    )
+    assert (reply.machine, reply.emulator) == ("aarch64", "qemu-aarch64 on x86")
+    assert reply.environment["cpu"] == "Cortex-A72"
+    assert reply.outcome[0]["artifact_sha256"] == sha256_of_file(onnx_file)
+    assert ssh_boards.left_behind(emulated_board) == []
+
+
 def test_login_scripts_may_talk(board):
     assert run_on_board(board("chatty"), Work("describe"), OPTIONS).outcome[".onnx"].startswith("onnxruntime")
 
@@ -252,9 +278,9 @@ def test_a_python_of_ones_own(board, ssh_boards, onnx_file, tmp_path):
 
 
 def test_what_a_board_needs(monkeypatch, ssh_boards):
-    monkeypatch.setattr(SshBoard, "command", _with_config(SshBoard.command, ssh_boards.config))
-    assert all(need.is_met for need in ssh_needs("ssh://native"))
-    *_, runtime = ssh_needs("ssh://native")
+    monkeypatch.setenv("SEPDEPLOY_SSH_CONFIG", str(ssh_boards.config))
+    *_, runtime = needs = ssh_needs("ssh://native:ort")
+    assert all(need.is_met for need in needs)
     assert "onnxruntime" in runtime.found
     *_, where = ssh_needs("ssh://native-unknown")
     assert where.problem == "its host key is not known"
@@ -264,5 +290,30 @@ def test_what_a_board_needs(monkeypatch, ssh_boards):
         ssh_needs("ssh://-x")
 
 
-def _with_config(command, config):
-    return lambda board: command(SshBoard(board.address, config))
+def test_a_board_as_a_target(ssh_boards, monkeypatch, onnx_file):
+    """What `plan` and `convert` do with one: prices of a layer's forms, and whole files against each other."""
+    monkeypatch.setenv("SEPDEPLOY_SSH_CONFIG", str(ssh_boards.config))
+    target = find_target("ssh://native:ort", Precision.FLOAT32, 1)
+    key = target.key()
+    assert (key["target"], key["threads"]) == ("ssh://native:ort", 1)
+    assert key["cpu"] == f"{cpu_name()} at ssh://native"
+    assert str(key["runtime"]).startswith("onnxruntime ")
+    spec = ConvSpec(8, 8, (3, 3), padding=(1, 1, 1, 1))
+    dense, thin = (
+        FusedBlock(ChainSum((Chain((replace(spec, groups=groups).as_factor(),)),)), spec, (8, 8)) for groups in (1, 8)
+    )
+    (price,) = target.measure(dense, [thin], seconds=0.01, seed=0, progress=Silent())
+    assert (price.unit, price.method) == ("ms", Method.WALL_CLOCK)
+    assert price.difference_low <= price.difference <= price.difference_high
+    file = describe_file(onnx_file)
+    first, second = target.compare([file, file], seconds=0.01, seed=0)
+    assert first.speedup is None
+    assert second.speedup_low <= second.speedup <= second.speedup_high
+    assert second.environment.conditions[0] == "on ssh://native"
+    assert ssh_boards.left_behind("native") == []
+
+
+@pytest.mark.parametrize("target", ["ssh://-oProxyCommand=x", "ssh://host:ort:ort", "ssh://"])
+def test_targets_are_checked_before_anything_is_done(target, capsys):
+    assert run(["convert", "model.pt", "--arch", "x", "--calibration", "x", "--target", target]) == 2
+    assert "is no board: give ssh://user@host" in " ".join(capsys.readouterr().err.split())
