@@ -48,6 +48,8 @@ def main(source: BinaryIO, sink: TextIO) -> None:
     except OSError as error:
         _say(sink, "error", kind="disk", message=f"{error.strerror or error} ({error.filename or folder})")
     finally:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # a second one must not end the cleaning up
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
             _say(sink, "end", left=os.path.exists(folder))  # noqa: PTH110

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sepdeploy.bench.arm_root import arm64_files
+from sepdeploy.bench.arm_root import arm64_files, root_packages
 from sepdeploy.bench.outside_programs import Finished, find_program, last_line, run_program
 from sepdeploy.core.readiness import Need
 from sepdeploy.errors import ToolError
@@ -93,8 +93,9 @@ def image_need(image: str) -> Need:
 
 
 def build_command(image: str) -> str:
-    """What builds the image; its folder comes with sepdeploy."""
-    return f"docker build -t {image} {shlex.quote(str(arm64_files()))}"
+    """What builds the image with the runtimes in the versions that are here; its folder comes with sepdeploy."""
+    packages = f"PACKAGES={' '.join(root_packages())}"
+    return shlex.join(["docker", "build", "-t", image, "--build-arg", packages, str(arm64_files())])
 
 
 def _engine_need() -> Need:

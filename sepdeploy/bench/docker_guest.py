@@ -35,7 +35,7 @@ def core_of_target(target: str) -> ArmCore | None:
         return None
     if not target.startswith(_SCHEME):
         raise UsageError(f"'{target}' is no target: give docker:cortex-a72, or docker for the processor of an Arm host")
-    return find_core(target.removeprefix(_SCHEME))
+    return find_core(target.removeprefix(_SCHEME).removesuffix(":ort"))  # each file runs on its own runtime
 
 
 def docker_place(core: ArmCore, image: str, limit_seconds: float) -> GuestPlace:

@@ -64,6 +64,8 @@ def engine(program: Callable[[str], str], tmp_path_factory: pytest.TempPathFacto
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DOCKER_HOST", f"unix://{socket}")
             patch.delenv("DOCKER_CONTEXT", raising=False)
+            patch.setenv("PATH", f"/usr/bin:{os.environ['PATH']}")  # the client that comes with the engine
+            patch.setenv("DOCKER_BUILDKIT", "1")
             try:
                 end = time.monotonic() + LIMIT_SECONDS
                 while docker(["version"], purpose="test").code:
