@@ -15,33 +15,22 @@ from torch.nn.utils import parametrizations
 TOOLS = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "sklearn")
 """Optional packages without which tests are skipped."""
 
-PROGRAMS = {
-    "dockerd": "docker.io",
-    "mmdebstrap": "mmdebstrap",
-    "qemu-aarch64": "qemu-user",
-    "ssh": "openssh-client",
-    "sshd": "openssh-server",
-}
-"""Optional programs without which tests are skipped -> the Debian package that brings them."""
+PROGRAMS = ("qemu-aarch64", "llvm-mca-19", "mmdebstrap", "gcc", "aarch64-linux-gnu-objdump", "dockerd", "ssh", "sshd")
+"""Programs likewise; .ci/run has the command that installs them."""
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--require-tools", action="store_true", help=f"fail if one of {', '.join((*TOOLS, *PROGRAMS))} is missing"
-    )
+    parser.addoption("--require-tools", action="store_true", help=f"fail if one of {', '.join(TOOLS)} is missing")
 
 
 def pytest_configure(config):
     missing = [name for name in TOOLS if importlib.util.find_spec(name) is None]
+    programs = [name for name in PROGRAMS if find_program(name) is None]
+    if programs and config.getoption("--require-tools"):
+        raise pytest.UsageError(f"--require-tools: {', '.join(programs)} cannot be found; .ci/run installs them")
     if missing and config.getoption("--require-tools"):
         raise pytest.UsageError(
             f"--require-tools: {', '.join(missing)} cannot be found; run pip install -e '.[tflite,test]'"
-        )
-    programs = [name for name in PROGRAMS if find_program(name) is None]
-    if programs and config.getoption("--require-tools"):
-        packages = " ".join(dict.fromkeys(PROGRAMS[name] for name in programs))
-        raise pytest.UsageError(
-            f"--require-tools: {', '.join(programs)} cannot be found; run apt-get install {packages}"
         )
 
 
@@ -57,7 +46,7 @@ def program():
     def find(name):
         path = find_program(name)
         if path is None:
-            pytest.skip(f"{name} is not installed: apt-get install {PROGRAMS[name]}")
+            pytest.skip(f"{name} is not installed; .ci/run has the command")
         return path
 
     return find

@@ -4,12 +4,12 @@ Needs Python 3.8, numpy and the runtime of the files (onnxruntime, ai-edge-liter
 sepdeploy. Prints one JSON object per file, in order, and `{"end": true}` at last: so a reader knows which file a crash
 is about.
 
-    {"file": "a.tflite", "threads": 1, "runs_ns": [5151, ...], "regions": 5, "runtime": "ai-edge-litert 2.3.0"}
-    {"file": "b.onnx", "threads": 1, "runs_ns": [], "regions": 0, "error": "..."}
+    {"file": "a.onnx", "threads": 1, "burst": 1, "runs_ns": [5151, ...], "regions": 5, "runtime": "onnxruntime 1.31.1"}
+    {"file": "b.onnx", "threads": 1, "burst": 1, "runs_ns": [], "regions": 0, "error": "..."}
 
-`runs_ns` are wall-clock times: on a real processor they are latencies, under emulation they mean nothing. With --marks
-every run that counts stands between two marks of the counting plugin (armcount.c), after two pairs of marks around a
-run of nothing; `regions` counts the pairs, for files that failed as well.
+`runs_ns` are wall-clock times of `burst` inferences each: on a real processor they are latencies, under emulation they
+mean nothing. With --marks every burst stands between two marks of the counting plugin (armcount.c), after two pairs of
+marks around a run of nothing; `regions` counts the pairs, for files that failed as well.
 """
 
 import argparse
@@ -51,11 +51,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--inputs", type=Path, help="folder with 0.npz, 1.npz, ... of the files' inputs, '0', '1', ...")
     parser.add_argument("--outputs", type=Path, help="folder that the same of the outputs is written to")
+    parser.add_argument("--bursts", default="", help="runs in a row that make one that counts, for each file: 1,8,...")
     parser.add_argument("--first", type=int, default=0, help="number of the first file in both")
     parser.add_argument("--marks", action="store_true", help="mark runs for the counting plugin")
     arguments = parser.parse_args()
+    bursts = [int(number) for number in arguments.bursts.split(",") if number]
     for place, path in enumerate(arguments.files, arguments.first):
-        report = {"file": str(path), "threads": arguments.threads, "runs_ns": [], "regions": 0}
+        burst = bursts[place - arguments.first] if bursts else 1
+        report = {"file": str(path), "threads": arguments.threads, "burst": burst, "runs_ns": [], "regions": 0}
         try:
             run_file(path, place, arguments, report)
         except Exception as error:  # one bad file of many: the others are run
@@ -79,7 +82,7 @@ def run_file(path, place, arguments, report):
     network.set_inputs(inputs)
     for _ in range(max(1, arguments.warmup)):
         network.run()
-    measure_runs(network.run, arguments, report)
+    measure_runs(network.run if report["burst"] == 1 else repeated(network.run, report["burst"]), arguments, report)
     if arguments.outputs is not None:
         outputs = {str(i): output for i, output in enumerate(network.outputs())}
         np.savez(arguments.outputs / f"{place}.npz", **outputs)
@@ -114,6 +117,16 @@ def measure_runs(run, arguments, report):
             runs_ns.append(time.perf_counter_ns() - start_ns)
     finally:
         gc.enable()
+
+
+def repeated(run, count):
+    """A function that runs `run` so many times."""
+
+    def burst():
+        for _ in range(count):
+            run()
+
+    return burst
 
 
 def nothing():

@@ -32,12 +32,13 @@ def main(core, printed, counts):
             summary["error"] = report["error"]
         else:
             summary["runtime"] = report["runtime"]
-            summary.update(middle_of([counted(each, own[_NOTHING - 1], blocks) for each in own[_NOTHING:]]))
+            totals = [counted(each, own[_NOTHING - 1], blocks, report["burst"]) for each in own[_NOTHING:]]
+            summary.update(middle_of(totals))
         print(json.dumps(summary))
 
 
-def counted(region, nothing, blocks):
-    """Totals of a region."""
+def counted(region, nothing, blocks, burst):
+    """Totals of one inference of the `burst` in a region."""
     marking = dict(map(tuple, nothing["blocks"]))
     total = {"instructions": 0, "classes": {}, "macs": 0, "loaded_bytes": 0, "stored_bytes": 0}
     for number, times in region["blocks"]:
@@ -52,6 +53,9 @@ def counted(region, nothing, blocks):
             total["classes"][name] = total["classes"].get(name, 0) + times * each
     for name in ("l1_misses", "l2_misses"):
         total[name] = max(0, region[name] - nothing[name])
+    if burst > 1:
+        for name, count in total.items():
+            total[name] = {each: n / burst for each, n in count.items()} if name == "classes" else count / burst
     return total
 
 

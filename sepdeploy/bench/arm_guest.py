@@ -90,8 +90,9 @@ class GuestFile:
         path: The file.
         runtime: Name and version of the runtime in the guest; empty if it did not come that far.
         error: Why there are no counts; empty if there are.
-        repeats: One region for each inference that counts.
+        repeats: One region for each burst of inferences that counts.
         blocks: What the regions' numbers mean.
+        burst: Inferences in each region.
     """
 
     path: Path
@@ -99,6 +100,7 @@ class GuestFile:
     error: str
     repeats: tuple[Region, ...] = ()
     blocks: tuple[Block, ...] = field(default=(), repr=False)
+    burst: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ def run_guest(
     repeats: int = 3,
     warmup: int = 2,
     seed: int = 0,
+    bursts: Sequence[int] | None = None,
     inputs: Path | None = None,
     outputs: Path | None = None,
     still_seconds: float = _STILL_SECONDS,
@@ -138,9 +141,10 @@ def run_guest(
         core: Where.
         paths: ONNX and TFLite files.
         progress: Told what is going on.
-        repeats: Inferences that count.
+        repeats: Inferences, or bursts of them, that count.
         warmup: Inferences before them.
         seed: Of the random inputs.
+        bursts: Inferences in a row that make one that counts, for each file; None for 1.
         inputs: Folder with 0.npz, 1.npz, ... of the inputs instead (docker/arm64/bench.py).
         outputs: Folder for the same of the outputs.
         still_seconds: Most time for one file.
@@ -156,17 +160,9 @@ def run_guest(
     results: list[GuestFile] = []
     while len(results) < len(paths):
         first = len(results)
-        options = [
-            "--marks",
-            "--repeats",
-            str(repeats),
-            "--warmup",
-            str(warmup),
-            "--seed",
-            str(seed),
-            "--first",
-            str(first),
-        ]
+        numbers = {"--repeats": repeats, "--warmup": warmup, "--seed": seed, "--first": first}
+        options = ["--marks", *(text for name, value in numbers.items() for text in (name, str(value)))]
+        options += ["--bursts", ",".join(map(str, bursts[first:]))] if bursts else []
         for name, folder in (("--inputs", inputs), ("--outputs", outputs)):
             options += [name, str(folder.resolve())] if folder is not None else []
         results += _run_once(place, options, paths, first, progress, still_seconds)
@@ -262,7 +258,8 @@ def _run_once(
             code, still_seconds = None, place.limit_seconds
         reports = [json.loads(line) for line in printed.read_text().splitlines() if line.endswith("}")]
         stderr = said.read_text(errors="replace")
-        text = counts.read_text() if counts.is_file() else ""
+        has_started = counts.is_file()  # the plugin makes it before anything runs
+        text = counts.read_text() if has_started else ""
     has_finished = bool(reports) and "end" in reports[-1]
     reports = [report for report in reports if "file" in report]
     blocks, regions, is_whole = parse_counts(text)
@@ -270,7 +267,7 @@ def _run_once(
         raise ToolError(
             f"the counts of the emulator are incomplete; is the disk of {tempfile.gettempdir()} full?", stderr=stderr
         )
-    if not reports and not text:
+    if not has_started:
         raise ToolError(
             f"qemu-aarch64 does not start with the counting plugin: {_last_line(stderr) or _ending(code)}; it takes "
             "the dynamic qemu-user of Debian 12 (7.2), static builds take no plugins",
@@ -280,7 +277,9 @@ def _run_once(
     for path, report in zip(paths[first:], reports, strict=False):
         own, regions = regions[: report["regions"]], regions[report["regions"] :]
         repeats = tuple(region.without(own[_NOTHING_REGIONS - 1]) for region in own[_NOTHING_REGIONS:])
-        results.append(GuestFile(path, report.get("runtime", ""), report.get("error", ""), repeats, blocks))
+        results.append(
+            GuestFile(path, report.get("runtime", ""), report.get("error", ""), repeats, blocks, report["burst"])
+        )
     if not has_finished and first + len(results) < len(paths):
         at_fault = paths[first + len(results)]
         results.append(

@@ -13,7 +13,8 @@ from sepdeploy.cli.remote_bench import REMOTE_TARGETS, RemoteOptions, is_remote,
 from sepdeploy.core.options import TARGETS
 
 if TYPE_CHECKING:
-    from sepdeploy.core.measurement import Counts, Latency, Measured
+    from sepdeploy.bench.arm_cores import ArmCore
+    from sepdeploy.core.measurement import Counts, Latency, LayerCounts, Measured
     from sepdeploy.core.progress import Progress
 
 __all__ = ["command"]
@@ -27,10 +28,20 @@ __all__ = ["command"]
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtime.")
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True),
               help="Measuring time per file, where time is measured.")  # fmt: skip
+@click.option("--per-layer", "is_per_layer", is_flag=True, help="What each layer executes too, on an Arm core.")
+@click.option("--check/--no-check", "is_checked", default=True, show_default=True, help="Whether to see first that the "
+              "files compute the same on the Arm core as here.")  # fmt: skip
 @remote_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
-    artifacts: tuple[Path, ...], target: str | None, threads: int, seconds: float, remote: RemoteOptions, as_json: bool
+    artifacts: tuple[Path, ...],
+    target: str | None,
+    threads: int,
+    seconds: float,
+    is_per_layer: bool,
+    is_checked: bool,
+    remote: RemoteOptions,
+    as_json: bool,
 ) -> None:
     """Time each ARTIFACT (.onnx or .tflite) on random inputs; several are interleaved, the first is the reference.
 
@@ -50,6 +61,10 @@ def command(
     from sepdeploy.bench.outside_programs import ended_by_signals
 
     paths = tuple(dict.fromkeys(artifacts))
+    core = _arm_core(target)
+    if is_per_layer and core is None:
+        raise click.UsageError("--per-layer counts on an Arm core: give --target cortex-a72 or another one")
+    layers: dict[str, list[LayerCounts]] = {}
     with shown_progress(is_quiet=as_json) as progress, ended_by_signals():
         if target is None:
             measured: Sequence[Measured] = _timed(paths, threads, seconds, progress)
@@ -57,15 +72,30 @@ def command(
             measured = measure_remotely(target, paths, threads, seconds, remote, progress)
         else:
             measured = _on_target(target, paths, threads, seconds, progress)
+        if core is not None:
+            if is_checked:
+                _check(core, paths, progress)
+            if is_per_layer:
+                layers = {str(path): _layers(core, path, progress) for path in paths}
     results = {str(path): each for path, each in zip(paths, measured, strict=True)}
     if as_json:
         import json
 
         from sepdeploy.core.codec import to_data
 
-        click.echo(json.dumps({path: to_data(each) for path, each in results.items()}, indent=1))
+        data = {path: to_data(each) | _derived(each) for path, each in results.items()}
+        for path, each in layers.items():
+            data[path]["layers"] = [to_data(layer) for layer in each]
+        click.echo(json.dumps(data, indent=1))
         return
-    _print(results)
+    _print(results, layers)
+
+
+def _arm_core(target: str | None) -> ArmCore | None:
+    """The core that a target emulates, None for other targets."""
+    from sepdeploy.bench.arm_cores import ARM_CORES
+
+    return ARM_CORES.get((target or "").removesuffix(":ort"))
 
 
 def _timed(paths: Sequence[Path], threads: int, seconds: float, progress: Progress) -> list[Latency]:
@@ -91,13 +121,36 @@ def _on_target(
     return target.compare(files, seconds=seconds, seed=0)
 
 
-def _print(results: dict[str, Measured]) -> None:
+def _check(core: ArmCore, paths: Sequence[Path], progress: Progress) -> None:
+    from sepdeploy.bench.arm_numerics import check_numerics
+
+    for path in paths:
+        check_numerics(core, path, progress)
+
+
+def _layers(core: ArmCore, path: Path, progress: Progress) -> list[LayerCounts]:
+    from sepdeploy.bench.arm_layers import count_layers
+
+    return count_layers(core, path, progress)[1]
+
+
+def _derived(measured: Measured) -> dict[str, float]:
+    """What tables have and the fields do not."""
     from sepdeploy.core.measurement import Counts
-    from sepdeploy.render.terminal import classes_table, counts_table, latency_table
+
+    if isinstance(measured, Counts):
+        return {"modelled_ms_low": measured.low_ms, "modelled_ms_high": measured.high_ms}
+    return {}
+
+
+def _print(results: dict[str, Measured], layers: dict[str, list[LayerCounts]]) -> None:
+    from sepdeploy.core.measurement import Counts
+    from sepdeploy.render.terminal import counts_table, cycles_table, latency_table, layers_table
 
     counts: dict[str, Counts] = {path: each for path, each in results.items() if isinstance(each, Counts)}
     latencies: dict[str, Latency] = {path: each for path, each in results.items() if not isinstance(each, Counts)}
     if latencies:
         print_tables(latency_table(latencies))
     if counts:
-        print_tables(counts_table(counts), classes_table(counts))
+        print_tables(counts_table(counts), *(layers_table(path, each) for path, each in layers.items()))
+        print_tables(cycles_table(counts))

@@ -48,7 +48,9 @@ __all__ = ["command"]
               "much costs time, not the promise: the limit is tightened and everything after it is done again, up to "
               "two more trainings.")  # fmt: skip
 @click.option("--target", default="ort", show_default=True, type=TargetName(),
-              help="Runtime that the result must be faster on.")  # fmt: skip
+              help="What the result must be faster on: a runtime on this CPU, an emulated Arm core (cortex-a72 runs "
+              "LiteRT, cortex-a72:ort ONNX Runtime) by modelled cycles, or a board, ssh://USER@HOST[:PORT][:ort].",
+              )  # fmt: skip
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "int8")),
               help="Precision that the result must be faster and accurate in.")  # fmt: skip
 @click.option("--formats", default="onnx,tflite", show_default=True, type=CommaList(("onnx", "tflite")),

@@ -148,11 +148,11 @@ def print_report(report: Report, bundle: Path, *, as_json: bool) -> None:
         return
     from sepdeploy.render.format_numbers import printable
     from sepdeploy.render.summary import selection_sentence, verdict
-    from sepdeploy.render.terminal import artifacts_table, counts_table, recovery_table, summary_table
+    from sepdeploy.render.terminal import artifacts_table, cycles_table, recovery_table, summary_table
 
     recovery = (recovery_table(report),) if report.recovery else ()
     counts = {result.artifact.path: result.counts for result in report.artifacts if result.counts}
-    counted = (counts_table(counts),) if counts else ()
+    counted = (cycles_table(counts),) if counts else ()
     print_tables(*recovery, summary_table(report), artifacts_table(report), *counted)
     if sentence := selection_sentence(report):
         click.echo(sentence)

@@ -33,7 +33,8 @@ _FRONT_POINTS = 8
 @click.option("--recoverable", type=click.FloatRange(0, 100), metavar="POINTS", help="How far beyond --max-drop the "
               "plan may go because training wins it back; default 3, as 'convert' has it.")  # fmt: skip
 @click.option("--target", default="ort", show_default=True, type=TargetName(),
-              help="Runtime that forms are measured on; 'sepdeploy targets' lists them.")  # fmt: skip
+              help="What forms are measured on: a runtime on this CPU, an emulated Arm core, both of which 'sepdeploy "
+              "targets' lists, or a board, ssh://USER@HOST[:PORT][:ort].")  # fmt: skip
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "int8")),
               help="Precision that they are measured in.")  # fmt: skip
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtime.")

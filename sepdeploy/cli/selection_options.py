@@ -21,8 +21,9 @@ _OPTIONS = (
     click.option("--objective", type=click.Choice(("latency", "macs", "params")), default="latency", show_default=True,
                  help="What --scheme auto makes small within --max-drop "
                  f"({DEFAULT_MAX_DROP:g} point if nothing is limited)."),
-    click.option("--max-latency", type=_ABOVE_0, metavar="MS", help="Longest inference on the target; within this and "
-                 "the next three limits as little accuracy as possible is given up."),
+    click.option("--max-latency", type=_ABOVE_0, metavar="N", help="Longest inference on the target, in its unit: "
+                 "ms, or modelled kilocycles of an emulated core; within this and the next three limits as little "
+                 "accuracy as possible is given up."),
     click.option("--max-ratio", type=click.FloatRange(0, 1, min_open=True), metavar="R", help="The same as a share of "
                  "the original's latency: 0.5 for twice the speed."),
     click.option("--max-size", type=Bytes(), metavar="BYTES", help="Largest weights in the target's precision: 300kB, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Counts", "Environment", "Latency", "Measured", "Method", "Quality"]
+__all__ = ["Counts", "Environment", "Latency", "LayerCounts", "Measured", "Method", "Quality"]
 
 
 class Method(Enum):
@@ -145,6 +145,27 @@ class Counts:
     def high_ms(self) -> float:
         """The same with the misses."""
         return self.kcycles_high / self.clock_ghz / 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCounts:
+    """What one layer adds to its file.
+
+    Attributes:
+        name: Operator and output tensor; several where a runtime runs them as one.
+        instructions: Executed.
+        macs: Multiply-accumulates of all lanes.
+        l1_misses: Of the first data cache.
+        kcycles_low: Modelled kilocycles.
+        kcycles_high: The same with misses.
+    """
+
+    name: str
+    instructions: int
+    macs: int
+    l1_misses: int
+    kcycles_low: float
+    kcycles_high: float
 
 
 Measured = Latency | Counts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from sepdeploy.bench.prefixes import keep_operators
 
 __all__ = ["cut_onnx", "cut_tflite"]
 
@@ -47,32 +48,6 @@ def _paths(source: Path, count: int) -> list[Path]:
 
 def _keep_output(model: Any, name: str) -> None:
     """Leave of a TFLite model only what one output depends on; in place."""
-    (graph,) = model.subgraphs
     (signature,) = model.signatureDefs
     signature.outputs = [output for output in signature.outputs if output.name.decode() == name]
-    graph.outputs = [output.tensorIndex for output in signature.outputs]
-    needed = set(graph.outputs)
-    operators = []
-    for operator in reversed(graph.operators):
-        if needed.intersection(operator.outputs):
-            needed.update(operator.inputs, operator.outputs)
-            operators.append(operator)
-    graph.operators = operators[::-1]
-    tensors = _numbered({*needed, *graph.inputs} - {-1})  # -1: an input left out
-    graph.tensors = [graph.tensors[old] for old in tensors]
-    graph.inputs, graph.outputs = ([tensors[old] for old in ends] for ends in (graph.inputs, graph.outputs))
-    for operator in operators:
-        operator.inputs = [tensors.get(old, -1) for old in operator.inputs]
-        operator.outputs = [tensors[old] for old in operator.outputs]
-    for end in (*signature.inputs, *signature.outputs):
-        end.tensorIndex = tensors[end.tensorIndex]
-    model.metadata = []
-    buffers = _numbered({0, *(tensor.buffer for tensor in graph.tensors)})  # 0: the empty one of all activations
-    model.buffers = [model.buffers[old] for old in buffers]
-    for tensor in graph.tensors:
-        tensor.buffer = buffers[tensor.buffer]
-
-
-def _numbered(old: Iterable[int]) -> dict[int, int]:
-    """Old number -> new one, without gaps, in the same order."""
-    return {number: place for place, number in enumerate(sorted(old))}
+    keep_operators(model, [output.tensorIndex for output in signature.outputs])

@@ -23,6 +23,7 @@ from sepdeploy.render.format_numbers import (
 from sepdeploy.render.summary import (
     common_method,
     cost_after,
+    counts_caption,
     environment_text,
     kept_counts,
     outcome_text,
@@ -87,6 +88,7 @@ def render_html(report: Report) -> str:
         ContractError: if its latencies came about in different ways.
     """
     latencies = [result.latency for result in report.artifacts if result.latency]
+    counts = [(result.artifact.path, result.counts) for result in report.artifacts if result.counts]
     method = common_method(latencies)
     template = _environment().from_string(files("sepdeploy.render").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(
@@ -101,6 +103,8 @@ def render_html(report: Report) -> str:
         selection_sentence=selection_sentence(report),
         kept_counts=kept_counts(report.plan),
         latency_method=method.value if method else None,
+        counts=counts,
+        counts_caption=counts_caption([each for _, each in counts]),
         environments=list(dict.fromkeys(environment_text(latency.environment) for latency in latencies)),
         repeats=list(dict.fromkeys((latency.repeats, latency.warmup) for latency in latencies)),
     )

@@ -32,6 +32,7 @@ __all__ = [
     "SummaryRow",
     "common_method",
     "cost_after",
+    "counts_caption",
     "environment_text",
     "kept_counts",
     "outcome_text",
@@ -318,6 +319,20 @@ def environment_text(environment: Environment) -> str:
     return printable(
         f"{environment.runtime}, {plural(environment.threads, 'thread')}, {environment.cpu}"
         f" ({plural(environment.cores, 'core')}), {environment.system}{conditions}"
+    )
+
+
+def counts_caption(counts: Iterable[Counts]) -> str:
+    """Where counts come from, and what is modelled about the cycles."""
+    counts = tuple(counts)
+    places = dict.fromkeys(f"{each.environment.runtime} on a {each.environment.cpu}" for each in counts)
+    clocks = dict.fromkeys(f"{each.core} at {each.clock_ghz:g} GHz" for each in counts)
+    worst = max((each.spread_ratio for each in counts), default=0.0)
+    return (
+        f"{'; '.join(places)}; repeats agree within {100 * worst:.2g}%. Cycles and milliseconds ({', '.join(clocks)}) "
+        "are modelled, not measured: llvm-mca over the executed instructions with every load in the first cache (low), "
+        "and every miss of the simulated caches waited for (high). Fewer cycles: against the first file, at the middle "
+        "and at both ends."
     )
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from sepdeploy.core.chain import Size
 from sepdeploy.core.conv import ConvSite, Trace
-from sepdeploy.core.measurement import Counts, Latency, Quality
+from sepdeploy.core.measurement import Counts, Latency, LayerCounts, Quality
 from sepdeploy.core.plan import Candidate, Kept, Plan, Reason
 from sepdeploy.core.report import ArtifactResult, Report
 from sepdeploy.render.format_numbers import plural, three_digits, times_text
 from sepdeploy.render.summary import (
     common_method,
     cost_after,
+    counts_caption,
     environment_text,
     outcome_text,
     plan_sentence,
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "artifacts_table",
-    "classes_table",
     "counts_table",
+    "cycles_table",
     "inspect_table",
     "latency_table",
+    "layers_table",
     "plan_table",
     "recovery_table",
     "summary_table",
@@ -77,7 +79,7 @@ def recovery_table(report: Report) -> Table:
 def artifacts_table(report: Report) -> Table:
     """Every file with its size, quality and latency; a speedup is that over the reference of its runtime.
 
-    Files that were counted and not timed have no columns of latency (`counts_table`).
+    Files that were counted and not timed have no columns of latency (`cycles_table`).
 
     Format, precision and role stand in the file's name: 'original/model.int8.tflite'.
 
@@ -148,43 +150,68 @@ def latency_table(results: Mapping[str, Latency]) -> Table:
     return table
 
 
-def counts_table(results: Mapping[str, Counts]) -> Table:
-    """What files execute on an emulated core, and the cycles that a model gives them."""
+def cycles_table(results: Mapping[str, Counts]) -> Table:
+    """The cycles that a model of an Arm core gives to files, and the milliseconds at its stated clock."""
     columns = [
         Column("file", "name"),
-        *map(Column, ("instr.\n(M)", "MACs\n(M)", "loads\n(M)", "stores\n(M)", "L1 miss\n(k)", "L2 miss\n(k)")),
-        *map(Column, ("kcycles\nlow", "kcycles\nhigh", "ms, low\nto high", "fewer\ncycles")),
+        *map(Column, ("instructions\n(M)", "kcycles\nlow", "kcycles\nhigh", "ms\nlow - high", "times fewer\ncycles")),
     ]
-    table = make_table("Counted under emulation, one inference", columns, caption=_counts_caption(results.values()))
+    table = make_table("Modelled cycles of one inference", columns, caption=counts_caption(results.values()))
     for name, counts in results.items():
-        loads, stores = (counts.classes_sum(kind) for kind in ("load", "store"))
-        add_row(
-            table,
-            name,
-            *map(mega, (counts.instructions, counts.macs, loads, stores)),
-            *map(kilo, (counts.l1_misses, counts.l2_misses)),
-            three_digits(counts.kcycles_low),
-            three_digits(counts.kcycles_high),
-            f"{three_digits(counts.low_ms)} - {three_digits(counts.high_ms)}",
-            _fewer_cell(counts),
-        )
+        times = f"{three_digits(counts.low_ms)} - {three_digits(counts.high_ms)}"
+        cycles = (three_digits(counts.kcycles_low), three_digits(counts.kcycles_high), times)
+        add_row(table, name, mega(counts.instructions), *cycles, _fewer_cell(counts))
     return table
 
 
-def classes_table(results: Mapping[str, Counts]) -> Table:
-    """Executed instructions by class, in thousands, one column for each file."""
+def layers_table(name: str, layers: Sequence[LayerCounts]) -> Table:
+    """What each layer of a file executes; they sum to the whole."""
+    columns = [
+        Column("layer", "name"),
+        *map(
+            Column,
+            ("instructions\n(k)", "MACs\n(k)", "L1 misses", "kcycles\nlow", "kcycles\nhigh", "share of\nlow (%)"),
+        ),
+    ]
     table = make_table(
-        "Instructions by class (k)",
-        [Column("class", "name"), *(Column(f"file {place}") for place, _ in enumerate(results, 1))],
-        caption="; ".join(f"file {place}: {name}" for place, name in enumerate(results, 1)),
+        f"Layer by layer: {name}",
+        columns,
+        caption="A layer is the difference of two runs, without it and with it: below 0 where the runtime does the "
+        "rest in another way then. Cycles are modelled.",
     )
-    sums = {
-        name: sum(each.classes.get(name, 0) for each in results.values())
-        for each in results.values()
-        for name in each.classes
+    whole = sum(layer.kcycles_low for layer in layers) or 1.0
+    for layer in layers:
+        counts = (kilo(layer.instructions), kilo(layer.macs), f"{layer.l1_misses:,}")
+        cycles = (three_digits(layer.kcycles_low), three_digits(layer.kcycles_high))
+        add_row(table, layer.name, *counts, *cycles, f"{100 * layer.kcycles_low / whole:.1f}")
+    return table
+
+
+def counts_table(results: Mapping[str, Counts]) -> Table:
+    """What files execute on an emulated core, in thousands; one column for each file."""
+    names = dict(enumerate(results, 1))
+    table = make_table(
+        "Counted under emulation, one inference (thousands)",
+        [Column("", "name"), *(Column(f"file {place}") for place in names)],
+        caption="\n".join(f"file {place}: {name}" for place, name in names.items()),
+    )
+    files = tuple(results.values())
+    sums = {name: sum(each.classes.get(name, 0) for each in files) for each in files for name in each.classes}
+    rows = {
+        "multiply-accumulates of all lanes": [each.macs for each in files],
+        "loads": [each.classes_sum("load") for each in files],
+        "stores": [each.classes_sum("store") for each in files],
+        "bytes loaded": [each.loaded_bytes for each in files],
+        "bytes stored": [each.stored_bytes for each in files],
+        "L1 misses": [each.l1_misses for each in files],
+        "L2 misses": [each.l2_misses for each in files],
+        "instructions": [each.instructions for each in files],
+    } | {
+        f"  {name.replace('_', ' ')}": [each.classes.get(name, 0) for each in files]
+        for name in sorted(sums, key=lambda name: -sums[name])
     }
-    for name in sorted(sums, key=lambda name: -sums[name]):
-        add_row(table, name.replace("_", " "), *(kilo(each.classes.get(name, 0)) for each in results.values()))
+    for name, values in rows.items():
+        add_row(table, name, *map(kilo, values))
     return table
 
 
@@ -192,19 +219,6 @@ def _fewer_cell(counts: Counts) -> str:
     if counts.speedup is None:
         return "reference"
     return f"{times_text(counts.speedup)}\n{counts.speedup_low:.2f} - {counts.speedup_high:.2f}"
-
-
-def _counts_caption(counts: Iterable[Counts]) -> str:
-    counts = tuple(counts)
-    places = dict.fromkeys(f"{each.environment.runtime} on a {each.environment.cpu}" for each in counts)
-    clocks = dict.fromkeys(f"{each.core} at {each.clock_ghz:g} GHz" for each in counts)
-    worst = max((each.spread_ratio for each in counts), default=0.0)
-    return (
-        f"{'; '.join(places)}; repeats agree within {100 * worst:.2g}%. Cycles and milliseconds ({', '.join(clocks)}) "
-        "are modelled, not measured: llvm-mca over the executed instructions with every load in the first cache (low), "
-        "and every miss of the simulated caches waited for (high). Fewer cycles: against the first file, at the middle "
-        "and at both ends."
-    )
 
 
 def _measurement_caption(latencies: Iterable[Latency]) -> str:

@@ -30,7 +30,6 @@ import torch
 from transfer_quality import unpack
 
 from sepdeploy.analyze.trace import trace_network
-from sepdeploy.bench.files import time_files
 from sepdeploy.core.artifact import Precision, Role
 from sepdeploy.core.options import TARGETS, ConvertOptions, SelectionOptions
 from sepdeploy.core.plan import lowered_for
@@ -42,8 +41,9 @@ from sepdeploy.planning.damage import measure_damages
 from sepdeploy.planning.evaluate import tensor_batches
 from sepdeploy.planning.select import plan_of
 from sepdeploy.planning.solve import Limits, pareto_front, solve
+from sepdeploy.planning.target import find_target
 from sepdeploy.stages import weigh
-from sepdeploy.stages.deploy import deploy, target_latency
+from sepdeploy.stages.deploy import deploy, target_cost
 from sepdeploy.stages.launch import Processes
 from sepdeploy.stages.load import load_inputs
 from sepdeploy.transfer.isolated import whitened_errors
@@ -71,7 +71,7 @@ class Row:
     replaced: int
     macs_ratio: float
     damage: float
-    original_ms: float
+    original_cost: float  # in the target's unit
     predicted_ratio: float
     measured_ratio: float
     ratio_low: float
@@ -132,7 +132,7 @@ class Study:
         store = StageStore(folder / f"{net}-weighed", on_change=lambda: None)  # damages serve all targets
         self.weighed = weigh.weigh(
             store, self.options, self.inputs, self.traced,
-            lambda: target_latency([self.original], self.options).median_ms, Processes(), self.progress,
+            lambda: target_cost([self.original], self.options).cost, Processes(), self.progress,
         )  # fmt: skip
 
     def files(self, name, network, role, plan=None):
@@ -183,16 +183,13 @@ class Study:
                     method="data-free",
                 )
                 results.append(self.files(name.replace(" ", "_"), network, Role.CONVERTED, plan))
-            original, *latencies = time_files(
-                [result.artifact for result in results],
-                threads=self.options.threads,
-                seconds=self.arguments.seconds,
-                seed=0,
-            )
-            for (name, chosen), latency in zip(part, latencies, strict=True):
-                yield self.row(name, chosen, original.median_ms, latency)
+            target = find_target(self.options.target, self.options.precision, self.options.threads)
+            files = [result.artifact for result in results]
+            original, *measured = target.compare(files, seconds=self.arguments.seconds, seed=0)
+            for (name, chosen), each in zip(part, measured, strict=True):
+                yield self.row(name, chosen, original.cost, each)
 
-    def row(self, name, chosen, original_ms, latency):
+    def row(self, name, chosen, original_cost, measured):
         weighed = self.weighed
         difference = math.fsum(choice.difference for choice in chosen.values())
         macs = self.traced.total_macs + sum(chosen[layer.name].macs - layer.choices[0].macs for layer in weighed.layers)
@@ -202,11 +199,11 @@ class Study:
             replaced=sum(choice.candidate is not None for choice in chosen.values()),
             macs_ratio=macs / self.traced.total_macs,
             damage=math.fsum(choice.damage for choice in chosen.values()),
-            original_ms=original_ms,
+            original_cost=original_cost,
             predicted_ratio=1 + difference / weighed.original_cost,
-            measured_ratio=1 / latency.speedup,
-            ratio_low=1 / latency.speedup_high,
-            ratio_high=1 / latency.speedup_low,
+            measured_ratio=1 / measured.speedup,
+            ratio_low=1 / measured.speedup_high,
+            ratio_high=1 / measured.speedup_low,
         )
 
 
@@ -264,7 +261,7 @@ def run(arguments, name, work):
         own[row.plan] = row
         with arguments.results.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
-    print(f"\n{name}: original {next(iter(own.values())).original_ms:.3f} ms", *summary(list(own.values())), sep="\n")
+    print(f"\n{name}: original {next(iter(own.values())).original_cost:.3f}", *summary(list(own.values())), sep="\n")
 
 
 if __name__ == "__main__":

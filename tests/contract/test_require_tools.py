@@ -28,8 +28,10 @@ def test_missing_tools_end_the_run_only_if_they_are_required(configure, monkeypa
     configure(False)
 
 
-def test_so_do_missing_programs(configure, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name, path: None if name == "sshd" else name)
-    with pytest.raises(pytest.UsageError, match="--require-tools: sshd cannot be found; run apt-get install openssh-"):
+def test_missing_programs_end_the_run_too(configure, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        pytest.UsageError, match=r"--require-tools: qemu-aarch64, llvm-mca-19, .*; \.ci/run installs them"
+    ):
         configure(True)
     configure(False)

@@ -167,7 +167,7 @@ def test_prices_go_to_their_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     }
 
 
-@pytest.mark.parametrize("name", TARGETS_BY_NAME)
+@pytest.mark.parametrize("name", ["ort", "litert"])
 def test_the_key_has_all_that_prices_depend_on(name: str) -> None:
     key = find_target(name, Precision.INT8, 2).key()
     assert json.loads(json.dumps(key)) == key

@@ -20,7 +20,7 @@ MEMORY = MemoryProfile((MemoryStep("", "input", 12), MemoryStep("cat", "concat",
 def checks(speedup=2.0, **selection):
     options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(**selection))
     converted = SimpleNamespace(
-        latency=SimpleNamespace(median_ms=3.0, speedup=speedup), artifact=SimpleNamespace(size_bytes=900)
+        measured=SimpleNamespace(cost=3.0, speedup=speedup), artifact=SimpleNamespace(size_bytes=900)
     )
     return {check.name: check for check in _limit_checks(options, converted, NETWORK, MEMORY)}
 
@@ -45,7 +45,7 @@ def test_each_limit_is_checked(name, option, holds, is_broken, sentence):
 def test_an_original_that_holds_the_limits_is_no_failure(limit, names):
     options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(max_size_bytes=limit))
     artifact = SimpleNamespace(role=Role.CONVERTED, format=Format.ONNX, precision=Precision.FLOAT32, size_bytes=900)
-    result = SimpleNamespace(artifact=artifact, latency=None, quality=None)
+    result = SimpleNamespace(artifact=artifact, measured=None, quality=None)
     checks = report._checks(options, Plan("auto", SchemeOptions(), ()), [result], None, NETWORK, MEMORY)
     assert [check.name for check in checks] == names
     assert all(check.is_met for check in checks) == (limit == 800)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -228,7 +229,10 @@ def test_the_time_limit_holds_here(board, monkeypatch):
 def test_stopping_leaves_nothing_there(number, ssh_boards, onnx_file, sleeper):
     command = [sys.executable, "-m", "sepdeploy", "bench", str(onnx_file), "--target", "ssh://native"]
     with subprocess.Popen(
-        [*command, "--board-python", sleeper, "--ssh-config", str(ssh_boards.config)], stderr=subprocess.PIPE, text=True
+        [*command, "--board-python", sleeper, "--ssh-config", str(ssh_boards.config)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
     ) as process:
         _wait_until(lambda: ssh_boards.processes("native"))
         process.send_signal(number)

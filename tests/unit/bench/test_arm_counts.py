@@ -1,0 +1,221 @@
+"""Real files on emulated cores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sepdeploy.bench import arm_numerics
+from sepdeploy.bench.arm_cores import ARM_CORES, find_core
+from sepdeploy.bench.arm_counts import count_files, counts_of, require_counts
+from sepdeploy.bench.arm_cycles import CycleModel
+from sepdeploy.bench.arm_guest import Block, GuestFile, Region
+from sepdeploy.bench.arm_layers import count_layers
+from sepdeploy.bench.arm_numerics import output_difference
+from sepdeploy.bench.arm_root import missing_tools
+from sepdeploy.bench.prefixes import Prefix, write_prefixes
+from sepdeploy.bench.session import open_session
+from sepdeploy.cli import main
+from sepdeploy.core.measurement import Counts, Method
+from sepdeploy.core.progress import Silent
+from sepdeploy.errors import ToolError
+from sepdeploy.quantize.onnx_qdq import quantize_onnx
+
+emulated = pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(missing_tools())}")
+
+CONV_MACS = 6 * 3 * 9 * 8 * 6
+A72 = find_core("cortex-a72")
+ADD, SDOT, RESERVED = "91000400", "4e829420", "00000000"
+
+
+@pytest.fixture(scope="session")
+def int8_onnx_file(onnx_file: Path, batch: np.ndarray) -> Path:
+    path = onnx_file.with_name("net.int8.onnx")
+    quantize_onnx(onnx_file, path, (batch[i : i + 1] for i in range(len(batch))))
+    return path
+
+
+@pytest.fixture(scope="session")
+def a72_counts(int8_tflite_file: Path, int8_onnx_file: Path, tmp_path_factory: pytest.TempPathFactory):
+    damaged = tmp_path_factory.mktemp("damaged") / "damaged.onnx"
+    damaged.write_bytes(b"nothing")
+    return count_files(A72, [int8_tflite_file, damaged, int8_onnx_file], Silent())
+
+
+@emulated
+def test_counts_are_whole_and_labelled(a72_counts) -> None:
+    tflite, damaged, onnx = a72_counts
+    assert "damaged.onnx" in damaged
+    with pytest.raises(ToolError, match=r"x\.onnx cannot be counted: .*damaged"):
+        require_counts([Path("x.onnx")], [damaged])
+    for counts, runtime in ((tflite, "ai-edge-litert"), (onnx, "onnxruntime")):
+        assert sum(counts.classes.values()) == counts.instructions
+        assert CONV_MACS <= counts.macs < 8 * CONV_MACS  # channels are filled up to whole registers
+        assert 0 < counts.classes_sum("load") < counts.loaded_bytes < 16 * 4 * counts.classes_sum("load")
+        assert counts.stored_bytes >= 6 * 48 + 4
+        assert 0 < counts.kcycles_low <= counts.kcycles_high
+        assert 0 <= counts.l2_misses <= counts.l1_misses
+        assert counts.low_ms == pytest.approx(counts.kcycles_low / 1.5e3)
+        assert counts.spread_ratio <= 0.005
+        assert counts.method is Method.EMULATED_COUNT
+        assert counts.environment.runtime.startswith(runtime)
+        assert "emulated by qemu-aarch64 7.2" in counts.environment.cpu
+
+
+@emulated
+def test_another_run_counts_the_same_and_another_core_something_else(a72_counts, int8_tflite_file: Path) -> None:
+    (again,) = require_counts([int8_tflite_file], count_files(A72, [int8_tflite_file], Silent()))
+    assert again.instructions == pytest.approx(a72_counts[0].instructions, rel=0.005)
+    assert again.kcycles_low == pytest.approx(a72_counts[0].kcycles_low, rel=0.005)
+    (a76,) = require_counts([int8_tflite_file], count_files(find_core("cortex-a76"), [int8_tflite_file], Silent()))
+    assert (a72_counts[0].classes.get("dot", 0), a76.classes["dot"] > 0) == (0, True)
+    assert a76.kcycles_low < a72_counts[0].kcycles_low
+
+
+@emulated
+def test_layers_sum_to_the_whole(int8_tflite_file: Path) -> None:
+    whole, layers = count_layers(A72, int8_tflite_file, Silent())
+    assert len(layers) > 2
+    assert sum(layer.instructions for layer in layers) == whole.instructions
+    assert sum(layer.kcycles_high for layer in layers) == pytest.approx(whole.kcycles_high)
+    (conv,) = (layer for layer in layers if layer.name.startswith("CONV_2D"))
+    assert conv.macs >= CONV_MACS
+    assert conv.macs == max(layer.macs for layer in layers)
+
+
+@emulated
+@pytest.mark.parametrize("core", ARM_CORES)
+def test_outputs_are_those_of_this_machine(
+    core: str, onnx_file: Path, int8_onnx_file: Path, tflite_file: Path, int8_tflite_file: Path
+) -> None:
+    paths = [onnx_file, int8_onnx_file, tflite_file, int8_tflite_file]
+    differences = arm_numerics._differences(find_core(core), paths, Silent(), seed=3)
+    assert max(differences) <= 1.0, dict(zip(paths, differences, strict=True))
+
+
+@emulated
+def test_bench_command_on_a_core(int8_tflite_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["bench", str(int8_tflite_file), "--target", "cortex-a53", "--per-layer", "--json"]) == 0
+    ((path, data),) = json.loads(capsys.readouterr().out).items()
+    assert path == str(int8_tflite_file)
+    assert (data["core"], data["method"]) == ("Cortex-A53", Method.EMULATED_COUNT.value)
+    assert data["modelled_ms_low"] == pytest.approx(data["kcycles_low"] / 1.4e3)
+    assert sum(layer["instructions"] for layer in data["layers"]) == pytest.approx(data["instructions"], rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--per-layer"], "--per-layer counts on an Arm core: give --target"),
+        (["--target", "cortex-a72", "--threads", "2"], "models one core: --threads must be 1, got 2"),
+        (["--target", "cortex-a99"], "is not one of 'ort'"),
+        (["--target", "ort"], "runs onnx files"),
+    ],
+)
+def test_bench_command_refuses(arguments, sentence, tflite_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if missing_tools() and "--threads" in arguments:
+        pytest.skip("says first what is missing")
+    assert main.run(["bench", str(tflite_file), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_repeats_that_differ_are_no_counts(monkeypatch: pytest.MonkeyPatch, onnx_file: Path) -> None:
+    from sepdeploy.bench import arm_counts
+
+    block = Block(ADD, {"integer": 1}, 0, 0, 0)
+    seen = []
+
+    def guest(core, paths, progress, **options):
+        seen.append(options.get("bursts"))
+        counts = (1000, 1004) if len(seen) == 1 and paths[0].name == "steady.onnx" else (1000, 1010)
+        return [GuestFile(onnx_file, "r", "", tuple(Region({0: n}, 0, 0) for n in counts), (block,)) for _ in paths]
+
+    monkeypatch.setattr(arm_counts, "run_guest", guest)
+    monkeypatch.setattr(arm_counts, "require_tools", lambda: None)
+    monkeypatch.setattr(arm_counts, "tool_versions", lambda: {"qemu": "7.2"})
+    monkeypatch.setattr(arm_counts, "_model", lambda cpu: type("Model", (), {"cycles": lambda self, blocks: 1000.0})())
+    (unsteady,) = count_files(A72, [Path("other.onnx")], Silent())
+    assert unsteady == "its repeats differ by 1% in instructions, more than 0.5%: it does not do the same each time"
+    assert seen == [None, [64]]  # once more, in bursts, before it is given up
+    seen.clear()
+    (steady,) = count_files(A72, [Path("steady.onnx")], Silent())
+    assert isinstance(steady, Counts)
+    assert len(seen) == 1
+
+
+def test_misses_make_the_high_estimate(monkeypatch: pytest.MonkeyPatch, onnx_file: Path) -> None:
+    from sepdeploy.bench import arm_counts
+
+    monkeypatch.setattr(arm_counts, "tool_versions", lambda: {"qemu": "7.2"})
+    monkeypatch.setattr(arm_counts, "_model", lambda cpu: type("Model", (), {"cycles": lambda self, blocks: 5000.0})())
+    block = Block(ADD * 3, {"integer": 3}, 2, 8, 4)
+    counts = counts_of(A72, GuestFile(onnx_file, "r", "", (Region({0: 10}, 100, 7),), (block,)))
+    assert (counts.instructions, counts.macs, counts.loaded_bytes, counts.stored_bytes) == (30, 20, 80, 40)
+    assert counts.kcycles_low == 5.0
+    assert counts.kcycles_high == pytest.approx(5.0 + (100 * A72.l1.miss_cycles + 7 * A72.l2.miss_cycles) / 1e3)
+
+
+@emulated
+def test_the_model_prices_what_is_known_of_the_pipelines() -> None:
+    model = CycleModel("cortex-a72")
+    assert model.cycles({ADD: 1000}) == pytest.approx(1000, rel=0.1)  # each add waits for the one before
+    assert model.cycles({ADD * 4: 1000}) == pytest.approx(4000, rel=0.1)
+    assert model.cycles({ADD: 1000, RESERVED: 10}) == pytest.approx(1010, rel=0.1)  # scaled up for what has no model
+    with pytest.raises(ToolError, match=r"llvm-mca models only 50\.0% of the executed instructions on cortex-a72"):
+        model.cycles({ADD: 10, RESERVED: 10})
+    assert CycleModel("neoverse-n1").cycles({SDOT: 1000}) < model.cycles({"4e229420": 1000})  # sdot against mla
+
+
+@pytest.mark.parametrize("kind", ["onnx", "int8_onnx", "tflite", "int8_tflite"])
+def test_prefixes_run_and_end_in_the_file(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    source = request.getfixturevalue(f"{kind}_file")
+    prefixes = write_prefixes(source, tmp_path)
+    assert prefixes[-1].path == source
+    assert len(prefixes) >= 2
+    for prefix in prefixes[:-1]:
+        session = open_session(prefix.path)
+        session.set_random_input(0)
+        session.run_once()
+    assert "conv" in prefixes[0].name.lower() or "quantize" in prefixes[0].name.lower()
+
+
+def test_prefixes_hold_the_convolution_with_its_activation(onnx_file: Path, tmp_path: Path) -> None:
+    first = write_prefixes(onnx_file, tmp_path)[0]
+    assert first.name.startswith("Conv ")
+    assert "Relu" in first.name
+
+
+def test_differences_are_shares_of_what_is_allowed() -> None:
+    values = np.array([1.0, -2.0], np.float32)
+    assert output_difference(values, values, None) == 0
+    assert output_difference(values, values + np.float32(1e-4), None) == pytest.approx(0.5, rel=1e-2)
+    assert output_difference(values, values + np.float32(0.1), 0.1) == pytest.approx(1.0, rel=1e-3)
+    assert output_difference(values, values + np.float32(0.2), 0.1) > 1.9
+    assert output_difference(np.array([3], np.int8), np.array([5], np.int8), None) == 2.0
+    assert output_difference(np.array([-128], np.int8), np.array([127], np.int8), None) == 255.0
+    assert output_difference(values, np.array([1.0, np.nan], np.float32), None) == np.inf
+    nothing = np.array([np.nan, 1.0], np.float32)
+    assert output_difference(nothing, nothing, None) == 0
+    assert output_difference(values, values[:1], None) == np.inf
+
+
+@pytest.mark.parametrize("wrong_from", [0, 1, 37, 99])
+def test_a_mismatch_names_where_it_starts(wrong_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = [Prefix(f"operator {i}", Path(f"{i}.onnx")) for i in range(99)] + [
+        Prefix("operator 99", Path("net.onnx"))
+    ]
+    runs = []
+
+    def differences(core, paths, progress, seed):
+        runs.append(len(paths))
+        numbers = [99 if path.stem == "net" else int(path.stem) for path in paths]
+        return [5.0 if number >= wrong_from else 0.1 for number in numbers]
+
+    monkeypatch.setattr(arm_numerics, "_differences", differences)
+    monkeypatch.setattr(arm_numerics, "write_prefixes", lambda path, folder: prefixes)
+    with pytest.raises(ToolError, match=rf"outputs differ by 5 times .*; it starts at operator {wrong_from}$"):
+        arm_numerics.check_numerics(A72, Path("net.onnx"), Silent())
+    assert len(runs) <= 4
