@@ -20,7 +20,7 @@ from sepdeploy.core.files import sha256_of_bytes, sha256_of_file
 from sepdeploy.core.int8 import PLAIN
 from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.measurement import Measured
-from sepdeploy.core.options import TARGETS, ConvertOptions, MovedInputs
+from sepdeploy.core.options import ConvertOptions, MovedInputs, target_format
 from sepdeploy.core.pareto import FrontPoint
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
@@ -181,7 +181,7 @@ def _planner(
 
     def timed(plan: Plan, network: nn.Module) -> Measured:
         """The target's file of a network that was only transferred, against the original's: weights are no matter."""
-        only_target = replace(options, formats=(TARGETS[options.target],), int8=PLAIN)
+        only_target = replace(options, formats=(target_format(options.target),), int8=PLAIN)
         sha256 = sha256_of_bytes(to_json(plan).encode())
         results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, sha256, progress, plan)
         return target_cost([original, target_result(results, options, Role.CONVERTED)], options)
@@ -240,7 +240,7 @@ def _plan(
         store = StageStore(folder / "search", on_change=lambda: None)
         traced = trace(store, options, inputs)
         evaluator = _evaluator(inputs, batch_size_for(traced), progress)
-        only_target = replace(options, formats=(TARGETS[options.target],))
+        only_target = replace(options, formats=(target_format(options.target),))
         originals = deploy(
             store, only_target, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress
         )
@@ -361,7 +361,7 @@ def _drops(
     progress: Progress,
 ) -> Drops:
     """Points that the target's file loses, which is exported and measured for that, and where they go."""
-    only_target = replace(options, formats=(TARGETS[options.target],))
+    only_target = replace(options, formats=(target_format(options.target),))
     weights = _weights_sha256(store)
     mixer = _mixer(store, options, inputs, plan, evaluator, progress)
     made = partial(deploy, store, only_target, inputs, traced, mixer=mixer)

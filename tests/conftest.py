@@ -1,6 +1,7 @@
 """Tiny networks that do what real ones do wrong: one factory each, reached through the fixture `make_net`."""
 
 import importlib.util
+import os
 import shutil
 import types
 import warnings
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrizations
 TOOLS = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "sklearn")
 """Optional packages without which tests are skipped."""
 
-PROGRAMS = ("qemu-aarch64", "llvm-mca-19", "mmdebstrap", "gcc", "aarch64-linux-gnu-objdump")
+PROGRAMS = ("qemu-aarch64", "llvm-mca-19", "mmdebstrap", "gcc", "aarch64-linux-gnu-objdump", "dockerd", "ssh", "sshd")
 """Programs likewise; .ci/run has the command that installs them."""
 
 
@@ -24,13 +25,31 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     missing = [name for name in TOOLS if importlib.util.find_spec(name) is None]
-    programs = [name for name in PROGRAMS if shutil.which(name) is None]
+    programs = [name for name in PROGRAMS if find_program(name) is None]
     if programs and config.getoption("--require-tools"):
         raise pytest.UsageError(f"--require-tools: {', '.join(programs)} cannot be found; .ci/run installs them")
     if missing and config.getoption("--require-tools"):
         raise pytest.UsageError(
             f"--require-tools: {', '.join(missing)} cannot be found; run pip install -e '.[tflite,test]'"
         )
+
+
+def find_program(name):
+    """Path of a program, of those for administrators too; None if it is not installed."""
+    return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin")))
+
+
+@pytest.fixture(scope="session")
+def program():
+    """`program(name)` is the path of one of PROGRAMS; the test is skipped if it is not installed."""
+
+    def find(name):
+        path = find_program(name)
+        if path is None:
+            pytest.skip(f"{name} is not installed; .ci/run has the command")
+        return path
+
+    return find
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from sepdeploy.bench.arm_cores import ArmCore
 from sepdeploy.bench.arm_cycles import CycleModel
-from sepdeploy.bench.arm_guest import GuestFile, Region, run_guest
+from sepdeploy.bench.arm_guest import GuestFile, GuestPlace, Region, run_guest
 from sepdeploy.bench.arm_root import require_tools, tool_versions
 from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.measurement import Counts, Environment, Method
@@ -28,7 +28,14 @@ _MOST_BURST = 64
 
 
 def count_files(
-    core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0, repeats: int = 3, warmup: int = 2
+    core: ArmCore,
+    paths: Sequence[Path],
+    progress: Progress,
+    *,
+    seed: int = 0,
+    repeats: int = 3,
+    warmup: int = 2,
+    place: GuestPlace | None = None,
 ) -> list[Counts | str]:
     """What one inference of each file executes.
 
@@ -39,6 +46,7 @@ def count_files(
         seed: Of the random inputs.
         repeats: Inferences that count, at least 2, which have to agree.
         warmup: Inferences before them.
+        place: The emulator; None is that of this machine.
 
     Returns:
         One result for each file, in order, or a sentence that says why there is none.
@@ -46,24 +54,22 @@ def count_files(
     Raises:
         ToolError: if a tool is missing, or the emulation or the model of the core fails as a whole.
     """
-    require_tools()
-    results = [
-        counts_of(core, file) for file in run_guest(core, paths, progress, seed=seed, repeats=repeats, warmup=warmup)
-    ]
+    if place is None:
+        require_tools()
+    run = partial(run_guest, seed=seed, repeats=repeats, warmup=warmup, place=place)
+    results = [counts_of(core, file, place) for file in run(core, paths, progress)]
     unsteady = {i: result for i, result in enumerate(results) if isinstance(result, Counts) and _is_unsteady(result)}
     if unsteady:  # mostly tiny ones
         bursts = [
             min(_MOST_BURST, 1 + _BURST_INSTRUCTIONS // max(result.instructions, 1)) for result in unsteady.values()
         ]
-        again = run_guest(
-            core, [paths[i] for i in unsteady], progress, seed=seed, repeats=repeats, warmup=warmup, bursts=bursts
-        )
+        again = run(core, [paths[i] for i in unsteady], progress, bursts=bursts)
         for i, file in zip(unsteady, again, strict=True):
-            results[i] = counts_of(core, file)
+            results[i] = counts_of(core, file, place)
     return [_steady(result) for result in results]
 
 
-def counts_of(core: ArmCore, file: GuestFile) -> Counts | str:
+def counts_of(core: ArmCore, file: GuestFile, place: GuestPlace | None = None) -> Counts | str:
     """The counts of a file that ran in the guest; why there are none, as a sentence."""
     if file.error:
         return file.error
@@ -100,7 +106,7 @@ def counts_of(core: ArmCore, file: GuestFile) -> Counts | str:
         spread_ratio=(max(instructions) - min(instructions)) / max(min(instructions), 1),
         method=Method.EMULATED_COUNT,
         environment=Environment(
-            cpu=f"{core.title} emulated by qemu-aarch64 {tool_versions()['qemu']}",
+            cpu=f"{core.title} emulated by {place.name if place else _emulator_name()}",
             cores=1,
             system="Linux aarch64",
             runtime=file.runtime,
@@ -122,19 +128,25 @@ def require_counts(paths: Sequence[Path], results: Sequence[Counts | str]) -> li
     return [result for result in results if not isinstance(result, str)]
 
 
-def compare_counts(core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0) -> list[Counts]:
+def compare_counts(
+    core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0, place: GuestPlace | None = None
+) -> list[Counts]:
     """Counts of whole files, at least one; speed-ups are relative to the first.
 
     Raises:
         ToolError: if one cannot be counted.
     """
-    reference, *others = require_counts(paths, count_files(core, paths, progress, seed=seed))
+    reference, *others = require_counts(paths, count_files(core, paths, progress, seed=seed, place=place))
     return [reference, *(_beside(reference, each) for each in others)]
 
 
 def _beside(reference: Counts, counts: Counts) -> Counts:
     ratios = sorted((reference.kcycles_low / counts.kcycles_low, reference.kcycles_high / counts.kcycles_high))
     return replace(counts, speedup=reference.cost / counts.cost, speedup_low=ratios[0], speedup_high=ratios[1])
+
+
+def _emulator_name() -> str:
+    return f"qemu-aarch64 {tool_versions()['qemu']}"
 
 
 @cache

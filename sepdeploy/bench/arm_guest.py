@@ -8,7 +8,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,26 @@ from sepdeploy.bench.arm_root import arm64_files, find_plugin, find_root
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError
 
-__all__ = ["Block", "GuestFile", "Region", "guest_arguments", "guest_environment", "parse_counts", "run_guest"]
+__all__ = [
+    "Block",
+    "GuestFile",
+    "GuestPlace",
+    "Launched",
+    "Region",
+    "guest_arguments",
+    "guest_environment",
+    "parse_counts",
+    "run_guest",
+]
 
 _STILL_SECONDS = 900.0
 """A guest that finishes no file for so long hangs: an inference of 10 billion instructions takes about two minutes."""
 
 _POLL_SECONDS = 0.05
+_TIMED_OUT = 124
+
+Launched = tuple[Sequence[str], dict[str, str] | None]
+"""A command and its environment; None is that of this process."""
 
 _NOTHING_REGIONS = 2
 """Regions around nothing that bench.py marks first; the last one is what marking itself costs."""
@@ -98,6 +113,22 @@ class GuestFile:
     burst: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class GuestPlace:
+    """An emulator somewhere else than on this machine.
+
+    Attributes:
+        name: What it is, for the record.
+        launch: From the file for counts, options of bench.py and files to the command that runs them; when the block
+            ends, nothing of it must be left.
+        limit_seconds: After how long the command ends by itself, with the exit code of `timeout`.
+    """
+
+    name: str
+    launch: Callable[[Path, Sequence[str], Sequence[Path]], AbstractContextManager[Launched]]
+    limit_seconds: float | None = None
+
+
 def run_guest(
     core: ArmCore,
     paths: Sequence[Path],
@@ -110,6 +141,7 @@ def run_guest(
     inputs: Path | None = None,
     outputs: Path | None = None,
     still_seconds: float = _STILL_SECONDS,
+    place: GuestPlace | None = None,
 ) -> list[GuestFile]:
     """Run files one after the other in one emulated process, counting each inference.
 
@@ -126,6 +158,7 @@ def run_guest(
         inputs: Folder with 0.npz, 1.npz, ... of the inputs instead (docker/arm64/bench.py).
         outputs: Folder for the same of the outputs.
         still_seconds: Most time for one file.
+        place: The emulator; None is that of this machine.
 
     Returns:
         One result for each file, in order; what is wrong with a file is in its `error`.
@@ -133,11 +166,7 @@ def run_guest(
     Raises:
         ToolError: if the emulator, the root or the plugin does not work.
     """
-    root, plugin = find_root(progress) / core.name, find_plugin()
-    if not (root / "proc" / "cpuinfo").is_file():
-        raise ToolError(
-            f"{root} has no proc/cpuinfo, without which runtimes crash: remove {root.parent}, and it is built anew"
-        )
+    place = place or _emulator_here(core, progress)
     results: list[GuestFile] = []
     while len(results) < len(paths):
         first = len(results)
@@ -146,8 +175,7 @@ def run_guest(
         options += ["--bursts", ",".join(map(str, bursts[first:]))] if bursts else []
         for name, folder in (("--inputs", inputs), ("--outputs", outputs)):
             options += [name, str(folder.resolve())] if folder is not None else []
-        arguments = [*options, *(str(path.resolve()) for path in paths[first:])]
-        results += _run_once(core, root, plugin, arguments, paths, first, progress, still_seconds)
+        results += _run_once(place, options, paths, first, progress, still_seconds)
     return results
 
 
@@ -209,11 +237,28 @@ def parse_counts(text: str) -> tuple[tuple[Block, ...], tuple[Region, ...], bool
     return tuple(blocks), tuple(regions), has_ended
 
 
+def _emulator_here(core: ArmCore, progress: Progress) -> GuestPlace:
+    """The emulator of this machine, with the plugin and the root that are made on first use."""
+    root, plugin = find_root(progress) / core.name, find_plugin()
+    if not (root / "proc" / "cpuinfo").is_file():
+        raise ToolError(
+            f"{root} has no proc/cpuinfo, without which runtimes crash: remove {root.parent}, and it is built anew"
+        )
+
+    @contextmanager
+    def launch(counts: Path, options: Sequence[str], paths: Sequence[Path]) -> Iterator[Launched]:
+        arguments = [*options, *(str(path.resolve()) for path in paths)]
+        command = guest_arguments(core, root, plugin, counts, arguments)
+        if _may_change_personality():
+            command = ["setarch", "-R", *command]
+        yield command, guest_environment(root)
+
+    return GuestPlace("qemu-aarch64", launch)
+
+
 def _run_once(
-    core: ArmCore,
-    root: Path,
-    plugin: Path,
-    arguments: Sequence[str],
+    place: GuestPlace,
+    options: Sequence[str],
     paths: Sequence[Path],
     first: int,
     progress: Progress,
@@ -222,13 +267,14 @@ def _run_once(
     """Results of the files from the first on, up to one that ends the process."""
     with tempfile.TemporaryDirectory(prefix="sepdeploy-arm-") as folder:
         counts, printed, said = (Path(folder) / name for name in ("counts.jsonl", "printed.jsonl", "stderr.txt"))
-        command = ["setarch", "-R", *guest_arguments(core, root, plugin, counts, arguments)]
-        if not _may_change_personality():
-            command = command[2:]
-        code = _run_watched(command, guest_environment(root), printed, said, still_seconds, len(paths), first, progress)
+        with place.launch(counts, options, paths[first:]) as (command, environment):
+            code = _run_watched(command, environment, printed, said, still_seconds, len(paths), first, progress)
+        if code == _TIMED_OUT and place.limit_seconds is not None:
+            code, still_seconds = None, place.limit_seconds
         reports = [json.loads(line) for line in printed.read_text().splitlines() if line.endswith("}")]
         stderr = said.read_text(errors="replace")
-        text = counts.read_text() if counts.is_file() else ""
+        has_started = counts.is_file()  # the plugin makes it before anything runs
+        text = counts.read_text() if has_started else ""
     has_finished = bool(reports) and "end" in reports[-1]
     reports = [report for report in reports if "file" in report]
     blocks, regions, is_whole = parse_counts(text)
@@ -236,7 +282,7 @@ def _run_once(
         raise ToolError(
             f"the counts of the emulator are incomplete; is the disk of {tempfile.gettempdir()} full?", stderr=stderr
         )
-    if not reports and not text:
+    if not has_started:
         raise ToolError(
             f"qemu-aarch64 does not start with the counting plugin: {_last_line(stderr) or _ending(code)}; it takes "
             "the dynamic qemu-user of Debian 12 (7.2), static builds take no plugins",
@@ -259,7 +305,7 @@ def _run_once(
 
 def _run_watched(
     command: Sequence[str],
-    environment: dict[str, str],
+    environment: dict[str, str] | None,
     printed: Path,
     said: Path,
     still_seconds: float,

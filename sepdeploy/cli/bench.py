@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sepdeploy.cli.parameters import print_tables, shown_progress
+from sepdeploy.cli.remote_bench import REMOTE_TARGETS, RemoteOptions, is_remote, measure_remotely, remote_options
 from sepdeploy.core.options import TARGETS
 
 if TYPE_CHECKING:
@@ -19,16 +20,18 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command(short_help="Measure the latency of ONNX and TFLite files on this CPU, or count them on an Arm core.")
+@click.command(short_help="Measure the latency of ONNX and TFLite files, here, on a board or on an emulated Arm core.")
 @click.argument("artifacts", metavar="ARTIFACT...", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--target", type=click.Choice(tuple(TARGETS)), help="Where: an emulated Arm core, with the runtime of "
-              "each file; default: this CPU.")  # fmt: skip
+@click.option("--target", metavar="TARGET", help=f"Where: an emulated Arm core, with the runtime of each file "
+              f"({', '.join(TARGETS)}), the same in Docker (docker:cortex-a72), {REMOTE_TARGETS}; "
+              "default: this CPU.")  # fmt: skip
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtime.")
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True),
               help="Measuring time per file, where time is measured.")  # fmt: skip
 @click.option("--per-layer", "is_per_layer", is_flag=True, help="What each layer executes too, on an Arm core.")
 @click.option("--check/--no-check", "is_checked", default=True, show_default=True, help="Whether to see first that the "
               "files compute the same on the Arm core as here.")  # fmt: skip
+@remote_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
     artifacts: tuple[Path, ...],
@@ -37,6 +40,7 @@ def command(
     seconds: float,
     is_per_layer: bool,
     is_checked: bool,
+    remote: RemoteOptions,
     as_json: bool,
 ) -> None:
     """Time each ARTIFACT (.onnx or .tflite) on random inputs; several are interleaved, the first is the reference.
@@ -44,19 +48,28 @@ def command(
     On an Arm core nothing is timed: instructions are counted under emulation, and a model of the core makes a range of
     cycles of them. The first time it builds what it emulates, in the user's cache directory.
 
+    A board needs python3 (3.10 or newer) with numpy and onnxruntime or ai-edge-litert, or --board-wheels; your key
+    must be on it, and its host key known. Everything is removed from it at the end.
+
     \b
     Examples:
       sepdeploy bench demo/original/model.onnx demo/model.onnx
       sepdeploy bench demo/original/model.int8.tflite demo/model.int8.tflite --target cortex-a72
+      sepdeploy bench demo/original/model.tflite demo/model.tflite --target ssh://pi@raspberrypi.local
+      sepdeploy bench demo/model.int8.tflite --target adb --benchmark-model android_aarch64_benchmark_model
     """
+    from sepdeploy.bench.outside_programs import ended_by_signals
+
     paths = tuple(dict.fromkeys(artifacts))
     core = _arm_core(target)
     if is_per_layer and core is None:
         raise click.UsageError("--per-layer counts on an Arm core: give --target cortex-a72 or another one")
     layers: dict[str, list[LayerCounts]] = {}
-    with shown_progress(is_quiet=as_json) as progress:
+    with shown_progress(is_quiet=as_json) as progress, ended_by_signals():
         if target is None:
             measured: Sequence[Measured] = _timed(paths, threads, seconds, progress)
+        elif is_remote(target):
+            measured = measure_remotely(target, paths, threads, seconds, remote, progress)
         else:
             measured = _on_target(target, paths, threads, seconds, progress)
         if core is not None:

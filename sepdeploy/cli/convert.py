@@ -9,11 +9,11 @@ from typing import Any, Literal
 import click
 
 from sepdeploy.cli.int8_options import int8_options
-from sepdeploy.cli.parameters import CommaList, Shape, print_report, shown_progress
+from sepdeploy.cli.parameters import CommaList, Shape, TargetName, print_report, shown_progress
 from sepdeploy.cli.scheme_options import scheme_options
 from sepdeploy.cli.selection_options import selection_options
 from sepdeploy.cli.train_options import train_options
-from sepdeploy.core.options import AUTO, RECOVERED_BY_RECONSTRUCTION, RECOVERED_BY_TRAINING, TARGETS
+from sepdeploy.core.options import AUTO, RECOVERED_BY_RECONSTRUCTION, RECOVERED_BY_TRAINING
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.schemes.lowerings.lowering import LOWERINGS
 from sepdeploy.schemes.scheme import SCHEMES
@@ -48,9 +48,10 @@ __all__ = ["command"]
               f"{RECOVERED_BY_RECONSTRUCTION:g} with reconstruction, {RECOVERED_BY_TRAINING:g} with training). Too "
               "much costs time, not the promise: the limit is tightened and everything after it is done again, up to "
               "two more trainings.")  # fmt: skip
-@click.option("--target", default="ort", show_default=True, type=click.Choice(tuple(TARGETS)),
-              help="What the result must be faster on: a runtime on this CPU, or an emulated Arm core (cortex-a72 runs "
-              "LiteRT, cortex-a72:ort ONNX Runtime) by modelled cycles.")  # fmt: skip
+@click.option("--target", default="ort", show_default=True, type=TargetName(),
+              help="What the result must be faster on: a runtime on this CPU, an emulated Arm core (cortex-a72 runs "
+              "LiteRT, cortex-a72:ort ONNX Runtime) by modelled cycles, or a board, ssh://USER@HOST[:PORT][:ort].",
+              )  # fmt: skip
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "int8")),
               help="Precision that the result must be faster and accurate in.")  # fmt: skip
 @click.option("--mixed", default="none", show_default=True, type=click.Choice(("none", "auto")),

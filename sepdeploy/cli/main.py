@@ -28,6 +28,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "schemes": ("sepdeploy.cli.schemes", "List the schemes, and what each costs for one convolution."),
         "bench": ("sepdeploy.cli.bench", "Measure the latency of ONNX and TFLite files on this CPU."),
         "targets": ("sepdeploy.cli.targets", "List the targets: what is installed, and how many prices are known."),
+        "doctor": ("sepdeploy.cli.doctor", "Say what each target needs here, and how to install what is missing."),
     }
 )
 _INTERRUPTED = 130

@@ -23,6 +23,7 @@ __all__ = [
     "Bytes",
     "CommaList",
     "Shape",
+    "TargetName",
     "is_first_process",
     "print_report",
     "print_tables",
@@ -63,6 +64,23 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         if found is None or number <= 0:
             self.fail(f"{value!r} is not a size above 0, such as 300kB, 256KiB or 2MB", param, ctx)
         return max(1, int(number * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " ")))
+
+
+class TargetName(click.ParamType):  # type: ignore[type-arg]
+    """A target by name, or a board by its address."""
+
+    name = "TARGET"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check 'ssh://pi@board'."""
+        from sepdeploy.core.options import target_format
+        from sepdeploy.errors import UsageError
+
+        try:
+            target_format(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class CommaList(click.ParamType):  # type: ignore[type-arg]

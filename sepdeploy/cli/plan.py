@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from sepdeploy.cli.parameters import Shape, is_first_process, print_tables, shown_progress
+from sepdeploy.cli.parameters import Shape, TargetName, is_first_process, print_tables, shown_progress
 from sepdeploy.cli.selection_options import selection_options
-from sepdeploy.core.options import TARGETS
 
 __all__ = ["command"]
 
@@ -33,9 +32,9 @@ _FRONT_POINTS = 8
 @click.option("--max-drop", type=click.FloatRange(0, 100), metavar="POINTS", help="Most accuracy that may be lost.")
 @click.option("--recoverable", type=click.FloatRange(0, 100), metavar="POINTS", help="How far beyond --max-drop the "
               "plan may go because training wins it back; default 3, as 'convert' has it.")  # fmt: skip
-@click.option("--target", default="ort", show_default=True, type=click.Choice(tuple(TARGETS)),
-              help="What forms are measured on, a runtime on this CPU or an emulated Arm core; 'sepdeploy targets' "
-              "lists them.")  # fmt: skip
+@click.option("--target", default="ort", show_default=True, type=TargetName(),
+              help="What forms are measured on: a runtime on this CPU, an emulated Arm core, both of which 'sepdeploy "
+              "targets' lists, or a board, ssh://USER@HOST[:PORT][:ort].")  # fmt: skip
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "int8")),
               help="Precision that they are measured in.")  # fmt: skip
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtime.")

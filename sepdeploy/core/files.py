@@ -20,6 +20,8 @@ __all__ = [
     "write_text",
 ]
 
+_BLOCK_BYTES = 1 << 20
+
 
 def sha256_of_bytes(data: bytes) -> str:
     """Hexadecimal SHA-256 of `data`."""
@@ -28,8 +30,11 @@ def sha256_of_bytes(data: bytes) -> str:
 
 def sha256_of_file(path: Path) -> str:
     """Hexadecimal SHA-256 of the file at `path`, read as a stream."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK_BYTES):  # hashlib.file_digest is not in the Python 3.10 of many boards
+            found.update(block)
+    return found.hexdigest()
 
 
 def output_error(path: Path, error: OSError) -> UsageError:

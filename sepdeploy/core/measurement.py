@@ -27,6 +27,8 @@ class Environment:
         system: Operating system and machine, such as 'Linux x86_64'.
         runtime: Name and version of the runtime, such as 'onnxruntime 1.31.1'.
         threads: Threads that the runtime was told to use.
+        conditions: What else bears on the number and was noted at the time, such as the frequency governor of a board,
+            its temperature and whether it throttled.
     """
 
     cpu: str
@@ -34,6 +36,7 @@ class Environment:
     system: str
     runtime: str
     threads: int
+    conditions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

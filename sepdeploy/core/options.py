@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.int8 import Int8Options
 from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.core.ssh_address import SCHEME, SshAddress
 from sepdeploy.core.training import ReconstructOptions, TrainOptions
 from sepdeploy.errors import UsageError
 
@@ -25,6 +26,8 @@ __all__ = [
     "MovedInputs",
     "SelectionOptions",
     "target_for",
+    "target_format",
+    "target_title",
 ]
 
 TARGETS: dict[str, Format] = {
@@ -72,6 +75,42 @@ Goal = Literal["latency", "macs", "params"]
 """What a selection makes small."""
 
 
+_ON_ORT = ":ort"
+"""Ends the name of a target on which ONNX Runtime runs where its name alone means LiteRT."""
+
+
+def target_format(name: str) -> Format:
+    """The format that the target runs: one of `TARGETS`, or a board as ssh://USER@HOST[:PORT][:ort].
+
+    Raises:
+        UsageError: if there is no such target.
+
+    >>> target_format("ssh://pi@board:22"), target_format("ssh://pi@board:ort")
+    (<Format.TFLITE: 'tflite'>, <Format.ONNX: 'onnx'>)
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    if not name.startswith(SCHEME):
+        raise UsageError(f"there is no target '{name}'; choose one of {', '.join(TARGETS)} or ssh://USER@HOST")
+    SshAddress.parse(name.removesuffix(_ON_ORT))
+    return Format.ONNX if name.endswith(_ON_ORT) else Format.TFLITE
+
+
+def target_title(name: str) -> str:
+    """The target in sentences.
+
+    Raises:
+        UsageError: if there is no such target.
+
+    >>> target_title("ssh://pi@board")
+    'LiteRT on ssh://pi@board'
+    """
+    if name in TARGET_TITLES:
+        return TARGET_TITLES[name]
+    runtime = TARGET_TITLES["ort" if target_format(name) is Format.ONNX else "litert"]
+    return f"{runtime} on {name.removesuffix(_ON_ORT)}"
+
+
 def target_for(name: str, file_format: Format) -> str:
     """The target that runs files of `file_format` on the same processor as the target `name`.
 
@@ -81,12 +120,11 @@ def target_for(name: str, file_format: Format) -> str:
     >>> target_for("cortex-a72", Format.ONNX), target_for("cortex-a72:ort", Format.TFLITE)
     ('cortex-a72:ort', 'cortex-a72')
     """
-    device = name.removesuffix(":ort")
-    alike = ("ort", "litert") if device in {"ort", "litert"} else (device, f"{device}:ort")
-    for candidate in (name, *alike):
-        if TARGETS.get(candidate) is file_format:
-            return candidate
-    raise UsageError(f"there is no target '{name}' for {file_format.value} files; choose one of {', '.join(TARGETS)}")
+    if target_format(name) is file_format:
+        return name
+    device = name.removesuffix(_ON_ORT)
+    alike = ("ort", "litert") if device in {"ort", "litert"} else (device, f"{device}{_ON_ORT}")
+    return next(candidate for candidate in alike if target_format(candidate) is file_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +263,12 @@ class ConvertOptions:
     command: str = ""
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise UsageError(f"there is no target '{self.target}'; choose one of {', '.join(TARGETS)}")
         if not self.formats:
             raise UsageError("--formats names no format; choose from onnx, tflite")
-        if TARGETS[self.target] not in self.formats:
+        file_format = target_format(self.target)
+        if file_format not in self.formats:
             raise UsageError(
-                f"--target {self.target} runs {TARGETS[self.target].value} files, which --formats leaves out; add it"
+                f"--target {self.target} runs {file_format.value} files, which --formats leaves out; add it"
             )
         if Precision.FLOAT32 not in self.precisions:
             raise UsageError("--precisions must have float32: all other files are made from that one")
@@ -272,7 +309,7 @@ class ConvertOptions:
 
     def is_target_file(self, file_format: Format, precision: Precision) -> bool:
         """Whether the promises are about the files of this kind."""
-        return (file_format, precision) == (TARGETS[self.target], self.precision)
+        return (file_format, precision) == (target_format(self.target), self.precision)
 
     @property
     def output_folder(self) -> Path:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sepdeploy.core.artifact import Artifact, Format, Precision
 from sepdeploy.core.measurement import Measured, Method
-from sepdeploy.core.options import target_for
+from sepdeploy.core.options import target_for, target_format
 from sepdeploy.errors import ToolError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sepdeploy.core.progress import Progress
     from sepdeploy.core.selection import FusedBlock, Price
 
-__all__ = ["TARGETS_BY_NAME", "Target", "TargetKind", "bench_target", "find_target"]
+__all__ = ["TARGETS_BY_NAME", "Target", "TargetKind", "bench_target", "find_kind", "find_target"]
 
 
 class Target(Protocol):
@@ -182,7 +182,7 @@ def find_target(name: str, precision: Precision, threads: int) -> Target:
     >>> find_target("ort", Precision.INT8, 2).unit
     'ms'
     """
-    kind = _kind_of(name, threads)
+    kind = find_kind(name, threads)
     if kind.missing:
         raise ToolError(f"target {name} needs {', '.join(kind.missing)}: run {kind.remedy}")
     return kind.make(precision, threads)
@@ -195,15 +195,23 @@ def bench_target(name: str, file_format: Format, threads: int) -> Target:
         UsageError: if there is none, or `threads` is not positive.
         ToolError: if a program that it needs is not there; what makes blocks and files may be missing.
     """
-    kind = _kind_of(target_for(name, file_format), threads)
+    kind = find_kind(target_for(name, file_format), threads)
     if kind.missing_programs:
         raise ToolError(f"target {name} needs {', '.join(kind.missing_programs)}: run {kind.install_programs}")
     return kind.make(Precision.FLOAT32, threads)
 
 
-def _kind_of(name: str, threads: int) -> TargetKind:
-    if name not in TARGETS_BY_NAME:
-        raise UsageError(f"there is no target '{name}'; choose one of {', '.join(TARGETS_BY_NAME)}")
+def find_kind(name: str, threads: int = 1) -> TargetKind:
+    """The target called `name` before its precision is chosen: one of `TARGETS_BY_NAME`, or a board by its address.
+
+    Raises:
+        UsageError: if there is none, or `threads` is not positive.
+    """
     if threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
-    return TARGETS_BY_NAME[name]()
+    if name in TARGETS_BY_NAME:
+        return TARGETS_BY_NAME[name]()
+    target_format(name)  # says what there is
+    from sepdeploy.planning.board_target import board_kind
+
+    return board_kind(name)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from sepdeploy.core.artifact import Format, Role
 from sepdeploy.core.describe import describe_form
 from sepdeploy.core.measurement import Counts, Environment, Measured, Method, Quality
-from sepdeploy.core.options import TARGET_TITLES, TARGETS
+from sepdeploy.core.options import target_format, target_title
 from sepdeploy.core.plan import Decision, Plan, Reason, Replaced
 from sepdeploy.core.report import ArtifactResult, Report
-from sepdeploy.errors import ContractError, UsageError
+from sepdeploy.errors import ContractError
 from sepdeploy.render.format_numbers import (
     change_text,
     count_text,
@@ -89,11 +89,7 @@ def target_label(report: Report) -> str:
 
 
 def _target(report: Report) -> tuple[Format, str]:
-    if report.target not in TARGETS:
-        raise UsageError(
-            f"the report's target '{report.target}' is not one of {', '.join(TARGETS)}; make the report again"
-        )
-    return TARGETS[report.target], TARGET_TITLES[report.target]
+    return target_format(report.target), target_title(report.target)
 
 
 def verdict(report: Report) -> str:
@@ -319,9 +315,10 @@ def common_method(latencies: Iterable[Measured]) -> Method | None:
 
 def environment_text(environment: Environment) -> str:
     """Where numbers come from, such as 'onnxruntime 1.31.1, 1 thread, AMD EPYC (2 cores), Linux x86_64'."""
+    conditions = "".join(f", {condition}" for condition in environment.conditions)
     return printable(
         f"{environment.runtime}, {plural(environment.threads, 'thread')}, {environment.cpu}"
-        f" ({plural(environment.cores, 'core')}), {environment.system}"
+        f" ({plural(environment.cores, 'core')}), {environment.system}{conditions}"
     )
 
 

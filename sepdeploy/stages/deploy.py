@@ -33,7 +33,7 @@ from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.passes.lower_chains import DEFAULT_LOWERINGS, lower_chains, lowerings_that_apply
 from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import Evaluator, run_network
-from sepdeploy.planning.target import TARGETS_BY_NAME, find_target
+from sepdeploy.planning.target import find_kind, find_target
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.stages.int8 import Int8Network, prepare_network, range_images
 from sepdeploy.stages.int8_proof import prove_int8
@@ -428,7 +428,7 @@ def measure_cost(results: list[ArtifactResult], options: ConvertOptions, progres
     for file_format in options.formats:
         for precision in options.precisions:
             pair = [r for r in results if (r.artifact.format, r.artifact.precision) == (file_format, precision)]
-            kind = TARGETS_BY_NAME[target_for(options.target, file_format)]()
+            kind = find_kind(target_for(options.target, file_format))
             verb = "timing" if kind.method is Method.WALL_CLOCK else f"{kind.name}: counting"
             progress.stage(f"{verb} {file_format.value} {precision.value}, {options.threads} threads")
             pair.sort(key=lambda r: r.artifact.role is not Role.ORIGINAL)  # the first is the reference
