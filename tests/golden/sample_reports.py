@@ -131,7 +131,7 @@ def results() -> tuple[ArtifactResult, ...]:
             time,
             error,
             float_ops,
-            int8_proof(role) if precision is int8 else None,
+            int8=int8_proof(role) if precision is int8 else None,
         )
         for kind, precision, role, size, score, time, error, float_ops in rows
     )
