@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
 from sepdeploy.core.codec import from_json, to_json
 from sepdeploy.core.conv import ConvSite, ConvSpec, Trace
-from sepdeploy.core.int8 import FloatLayer, Int8Proof, LayerSqnr
+from sepdeploy.core.int8_proof import FloatLayer, Int8Proof, LayerSqnr
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Replaced, SchemeOptions
 from sepdeploy.core.report import Report
 from sepdeploy.errors import SepdeployError, UsageError

@@ -15,7 +15,7 @@ from sepdeploy.bench.session import Session, open_session
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Slice
 from sepdeploy.core.conv import ConvSpec
-from sepdeploy.core.int8 import FloatReason
+from sepdeploy.core.int8_proof import FloatReason
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.mixed import Arithmetic
 from sepdeploy.core.plan import SchemeOptions

@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from sepdeploy.bench.session import open_session
-from sepdeploy.core.int8 import FloatReason, Int8Proof
+from sepdeploy.core.int8_proof import FloatReason, Int8Proof
 from sepdeploy.core.mixed import Arithmetic
 from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
 from sepdeploy.quantize.mixed_onnx import mix_onnx
