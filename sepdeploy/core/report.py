@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
-from sepdeploy.core.int8 import Int8Proof, Int8Step
+from sepdeploy.core.int8 import Int8Step
+from sepdeploy.core.int8_proof import Int8Proof
 from sepdeploy.core.measurement import Counts, Latency, Measured, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.mixed import MixedPlan

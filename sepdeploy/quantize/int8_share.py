@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sepdeploy.core.int8 import FloatLayer, FloatReason, Int8Proof
+from sepdeploy.core.int8_proof import FloatLayer, FloatReason, Int8Proof
 from sepdeploy.errors import UsageError
 from sepdeploy.quantize.inspect_int8 import OnnxView
 from sepdeploy.quantize.layer_names import onnx_layer_name, tflite_layer_name

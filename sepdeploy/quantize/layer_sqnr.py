@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sepdeploy.core.int8 import LayerSqnr
+from sepdeploy.core.int8_proof import LayerSqnr
 from sepdeploy.core.quiet import silenced_native_stderr
 from sepdeploy.quantize.int8_share import ONNX_LAYERS, tflite_layers, weights_of_onnx
 from sepdeploy.quantize.layer_names import onnx_layer_name

@@ -11,6 +11,7 @@ import numpy as np
 
 from sepdeploy.core.mixed import Arithmetic, is_within
 from sepdeploy.core.quiet import quiet, silenced_native_stderr
+from sepdeploy.errors import ToolError
 from sepdeploy.quantize.drop_activations import drop_redundant_activations
 from sepdeploy.quantize.int8_share import TfliteLayer, tflite_layers
 from sepdeploy.quantize.tflite_io import with_io_type
@@ -34,6 +35,9 @@ def mix_tflite(source: Path, int8: Path, destination: Path, kept: Mapping[str, A
 
     Returns:
         The layers in `kept` of which the file has no operator.
+
+    Raises:
+        ToolError: if the input or an output came out in another type.
     """
     from ai_edge_quantizer import quantizer
 
@@ -42,9 +46,20 @@ def mix_tflite(source: Path, int8: Path, destination: Path, kept: Mapping[str, A
     with quiet(), silenced_native_stderr():
         engine = quantizer.Quantizer(str(source), _recipe(source, found, kept))
         mixed = bytes(engine.quantize(_ranges(int8), enable_progress_report=False).quantized_model)
-    data = _with_weights_of(mixed, int8)
-    destination.write_bytes(with_io_type(drop_redundant_activations(data)[0], _io_type(int8)))
+    data, _ = drop_redundant_activations(_with_weights_of(mixed, int8))
+    data = with_io_type(data, _io_type(int8))
+    if _end_types(data) != _end_types(int8.read_bytes()):
+        raise ToolError("the mixed TFLite file takes or returns other types than the int8 file; leave out --mixed auto")
+    destination.write_bytes(data)
     return frozenset(name for name, of_name in found.items() if not of_name)
+
+
+def _end_types(data: bytes) -> list[int]:
+    """Types of the inputs and of the outputs."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    (graph, *_) = flatbuffer_utils.read_model_from_bytearray(bytearray(data)).subgraphs
+    return [int(graph.tensors[tensor].type) for tensor in (*graph.inputs, *graph.outputs)]
 
 
 def _io_type(int8: Path) -> Literal["float32", "int8", "uint8"]:
@@ -77,6 +92,8 @@ def _recipe(source: Path, found: Mapping[str, list[TfliteLayer]], kept: Mapping[
             recipes.add_weight_only_config(scope, every, num_bits=8)
         else:
             recipes.add_quantization_config(scope, every, algorithm_key=AlgorithmName.NO_QUANTIZE)
+        # What the file returns is in the scope of the operator that made it, and stays in int8.
+        recipes.add_static_config(scope, qtyping.TFLOperationName.OUTPUT, 8, 8)
     return recipes.get_quantization_recipe()
 
 

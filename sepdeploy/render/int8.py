@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sepdeploy.core.int8 import FloatLayer, Int8Proof, LayerSqnr
+from sepdeploy.core.int8_proof import FloatLayer, Int8Proof, LayerSqnr
 from sepdeploy.core.report import ArtifactResult, Report
 from sepdeploy.render.format_numbers import count_text, plural, printable
 from sepdeploy.render.tables import NONE, Column, add_row, make_table

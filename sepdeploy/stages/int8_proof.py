@@ -11,7 +11,7 @@ import numpy as np
 from sepdeploy.core.artifact import Artifact, Format
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.files import sha256_of_file
-from sepdeploy.core.int8 import Int8Proof
+from sepdeploy.core.int8_proof import Int8Proof
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.data.images import ImageSet

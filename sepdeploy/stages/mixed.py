@@ -18,7 +18,7 @@ from sepdeploy.bench.session import open_session
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.files import replacing, sha256_of_file
-from sepdeploy.core.int8 import FloatReason, Int8Proof
+from sepdeploy.core.int8_proof import FloatReason, Int8Proof
 from sepdeploy.core.mixed import Arithmetic, MixedPlan, MixReason, is_within
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan

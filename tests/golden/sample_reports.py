@@ -5,7 +5,7 @@ from dataclasses import replace
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.chain import Chain, ChainSum, Factor
 from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
-from sepdeploy.core.int8 import FloatLayer, FloatReason, Int8Proof, LayerSqnr
+from sepdeploy.core.int8_proof import FloatLayer, FloatReason, Int8Proof, LayerSqnr
 from sepdeploy.core.measurement import Environment, Latency, Method, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions

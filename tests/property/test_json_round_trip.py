@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
 from sepdeploy.core.codec import from_json, to_json
 from sepdeploy.core.conv import ConvSite, ConvSpec, Trace
+from sepdeploy.core.int8_proof import FloatLayer, Int8Proof, LayerSqnr
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Replaced, SchemeOptions
 from sepdeploy.core.report import Report
 from sepdeploy.errors import SepdeployError, UsageError
@@ -45,6 +46,17 @@ plans = st.builds(
     ).map(tuple),
 )
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
+st.register_type_strategy(
+    Int8Proof,
+    st.builds(
+        lambda int8_macs, floats, layers: Int8Proof(
+            int8_macs + sum(layer.macs for layer in floats), int8_macs, floats, layers
+        ),
+        st.integers(0, 2**40),
+        st.lists(st.from_type(FloatLayer), max_size=3).map(tuple),
+        st.lists(st.from_type(LayerSqnr), max_size=3).map(tuple),
+    ),
+)
 specs = st.from_type(ConvSpec)
 
 

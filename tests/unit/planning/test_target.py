@@ -15,7 +15,9 @@ from sepdeploy.bench.session import Session, open_session
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Slice
 from sepdeploy.core.conv import ConvSpec
+from sepdeploy.core.int8_proof import FloatReason
 from sepdeploy.core.measurement import Method
+from sepdeploy.core.mixed import Arithmetic
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.core.progress import Silent
 from sepdeploy.core.selection import FusedBlock, Price
@@ -24,6 +26,7 @@ from sepdeploy.planning import block_files, local_target
 from sepdeploy.planning.block_files import write_block_files
 from sepdeploy.planning.fused_block import build_block, dense_block, example_of
 from sepdeploy.planning.target import TARGETS_BY_NAME, find_target
+from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
 from sepdeploy.schemes.scheme import find_scheme
 
 SPEC = ConvSpec(32, 32, (3, 3), padding=(1, 1, 1, 1))
@@ -56,7 +59,7 @@ def onnx_files(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, list
     blocks = (DENSE, UNBUILDABLE, SEPARABLE, SHUFFLED)
     return {
         precision: write_block_files(blocks, tmp_path_factory.mktemp("onnx"), Format.ONNX, precision)
-        for precision in Precision
+        for precision in (Precision.FLOAT32, Precision.INT8)
     }
 
 
@@ -205,3 +208,26 @@ def test_wrong_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_target, "ORT", kind)
     with pytest.raises(ToolError, match="target ort needs no_such_module: run pip install it"):
         find_target("ort", Precision.INT8, 1)
+
+
+@pytest.mark.parametrize("name", ["ort", "litert"])
+def test_a_block_in_float_inside_an_int8_file_pays_for_the_conversions(name: str, tmp_path: Path) -> None:
+    if name == "litert":
+        pytest.importorskip("litert_torch", reason="needs sepdeploy[tflite]")
+    kept = [replace(DENSE, mixed=arithmetic) for arithmetic in (Arithmetic.FLOAT32, Arithmetic.WEIGHTS_ONLY)]
+    target = find_target(name, Precision.INT8, 1)
+    files = write_block_files((DENSE, *kept), tmp_path, target.format, Precision.INT8)
+    assert all(isinstance(file, Path) for file in files)
+    share = int8_share_of_onnx if target.format is Format.ONNX else int8_share_of_tflite
+    int8, *others = (share(Path(file)) for file in files)
+    assert int8.ratio == 1
+    frame = int8.macs - 36 * 9 * 32 * 32  # the convolutions around the block
+    assert [proof.int8_macs for proof in others] == [frame, frame]
+    reasons = [layer.reason for proof in others for layer in proof.float_layers]
+    assert reasons == [FloatReason.WEIGHTS, FloatReason.WEIGHTS_ONLY]
+    expected, *found = (
+        open_session(Path(file), is_channels_last=name == "litert").predict(example_of(DENSE).numpy())[0]
+        for file in files
+    )
+    for each in found:
+        np.testing.assert_allclose(each, expected, atol=0.06 * np.abs(expected).max())

@@ -11,7 +11,7 @@ from torch import nn
 
 from sepdeploy.analyze.trace import trace_network
 from sepdeploy.bench.session import open_session
-from sepdeploy.core.int8 import FloatLayer, FloatReason, Int8Proof
+from sepdeploy.core.int8_proof import FloatLayer, FloatReason, Int8Proof
 from sepdeploy.errors import ContractError, UsageError
 from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
 from sepdeploy.quantize.layer_sqnr import layer_sqnr_of_onnx, layer_sqnr_of_tflite

@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from sepdeploy.bench.session import open_session
-from sepdeploy.core.int8 import FloatReason, Int8Proof
+from sepdeploy.core.int8_proof import FloatReason, Int8Proof
 from sepdeploy.core.mixed import Arithmetic
 from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
 from sepdeploy.quantize.mixed_onnx import mix_onnx
@@ -72,6 +72,10 @@ def test_all_in_float_is_the_float_file_but_for_its_ends(case: Case, validation:
     source, int8, mix, share, is_channels_last = case
     path = tmp_path / source.name
     mix(source, int8, path, {"": FLOAT})
+    if is_channels_last:
+        before, after = (open_session(each)._inputs + open_session(each)._outputs for each in (int8, path))
+        kinds = [[(each["dtype"], each["quantization"]) for each in ends] for ends in (before, after)]
+        assert kinds[0] == kinds[1]
     assert share(path).int8_macs == 0
     mixed, quantized = (sqnr(source, each, validation, is_channels_last=is_channels_last) for each in (path, int8))
     # Input and output have 8 bits still; a ReLU that got lost would cost tens of decibels.
@@ -95,7 +99,7 @@ def test_a_broken_layer_is_mended(
     assert sqnr(float_onnx, mended, validation, is_channels_last=False) < was - 6
 
 
-def test_operators_between_layers_in_float_are_in_float_too(
+def test_what_lies_between_layers_in_float_is_in_float_too(
     float_onnx: Path, calibration: np.ndarray, tmp_path: Path
 ) -> None:
     int8, path = tmp_path / "int8.onnx", tmp_path / "mixed.onnx"

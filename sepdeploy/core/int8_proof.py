@@ -1,0 +1,226 @@
+"""How networks are quantized to int8, what came of it, how much of a file computes in int8, and where it loses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, get_args
+
+from sepdeploy.errors import ContractError, UsageError
+
+__all__ = [
+    "CALIBRATION_METHODS",
+    "PLAIN",
+    "Affine",
+    "CalibrationMethod",
+    "FloatLayer",
+    "FloatReason",
+    "Int8Options",
+    "Int8Proof",
+    "Int8Step",
+    "IoType",
+    "LayerSqnr",
+    "PlaceRange",
+    "RangeMethod",
+]
+
+RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
+"""How the range of an activation follows from its values; see `quantize/ranges.py`."""
+
+CalibrationMethod = Literal["auto", "minmax", "percentile", "mse", "entropy"]
+"""The same, or whichever gives the highest SQNR on held-out images."""
+
+CALIBRATION_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
+
+IoType = Literal["auto", "float32", "int8", "uint8"]
+"""What int8 files take and return; auto is int8 in TFLite and float32 in ONNX."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Options:
+    """How networks are quantized to int8.
+
+    Attributes:
+        calibration_method: How ranges of activations are found.
+        io: Type of the files' input and outputs.
+        equalizes: Whether channels may be rescaled before, which changes nothing in float.
+        corrects_bias: Whether biases may take back the mean error that rounding the weights makes.
+        rounds_adaptively: Whether weights may be rounded so that outputs, not weights, come nearest.
+
+    Raises:
+        UsageError: if there is no such method or type.
+    """
+
+    calibration_method: CalibrationMethod = "auto"
+    io: IoType = "auto"
+    equalizes: bool = True
+    corrects_bias: bool = True
+    rounds_adaptively: bool = False
+
+    def __post_init__(self) -> None:
+        for value, choices in ((self.calibration_method, CalibrationMethod), (self.io, IoType)):
+            if value not in get_args(choices):
+                raise UsageError(f"'{value}' is not one of {', '.join(get_args(choices))}")
+
+
+PLAIN = Int8Options("minmax", equalizes=False, corrects_bias=False)
+"""The quickest way, for files whose weights do not matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """How real numbers become 8-bit ones: value = scale * (code - zero_point), code in 0 to 255.
+
+    Signed codes are the same minus 128.
+
+    Attributes:
+        scale: Above 0, a float32 number.
+        zero_point: The code of 0.0, in 0 to 255.
+    """
+
+    scale: float
+    zero_point: int
+
+    @property
+    def low(self) -> float:
+        """The smallest value that has a code."""
+        return -self.zero_point * self.scale
+
+    @property
+    def high(self) -> float:
+        """The largest value that has a code."""
+        return (255 - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceRange:
+    """How one activation of a network is quantized, and how to find it again in a file.
+
+    Attributes:
+        name: Its node in the network's graph.
+        affine: Scale and zero point.
+        fingerprints: What identifies its values on each of the first calibration images, whatever their layout
+            (`quantize/file_ranges.py`).
+    """
+
+    name: str
+    affine: Affine
+    fingerprints: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Step:
+    """One step of the preparation for int8, decided on held-out images.
+
+    Attributes:
+        name: 'calibration', 'equalisation', 'bias correction' or 'adaptive rounding'.
+        sqnr_before_db: SQNR of the simulated int8 network without it, against the float one.
+        sqnr_after_db: With it.
+        images: Held-out images.
+        is_kept: Whether it was kept.
+        detail: What it did, for the user.
+    """
+
+    name: str
+    sqnr_before_db: float
+    sqnr_after_db: float
+    images: int
+    is_kept: bool
+    detail: str = ""
+
+
+class FloatReason(Enum):
+    """Why an operator of an int8 file computes in floating point; the value is the sentence that the user reads."""
+
+    NO_KERNEL = "the runtime has no int8 kernel for it"
+    INPUT = "its input is not in int8"
+    WEIGHTS = "its weights are not in int8"
+    WEIGHTS_ONLY = "only its weights are in int8"
+    OUTPUT = "its output is not in int8"
+    MIXED_FASTER = "--mixed auto: it is faster so than in int8 on the target"
+    MIXED_ACCURACY = "--mixed auto: in int8 it costs more accuracy than --max-drop allows"
+    NOT_FUSED = "the runtime does not take it together with the conversions around it on this processor"
+
+
+@dataclass(frozen=True, slots=True)
+class FloatLayer:
+    """An operator with multiply-accumulates that an int8 file computes in floating point.
+
+    Attributes:
+        name: The layer, as the network calls it where the file says so.
+        operator: The runtime's name of the operator: 'ConvTranspose', 'TRANSPOSE_CONV'.
+        macs: Multiply-accumulates for one image.
+        reason: Why.
+    """
+
+    name: str
+    operator: str
+    macs: int
+    reason: FloatReason
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSqnr:
+    """How far one layer of the int8 file is from the same layer of the float file, errors of earlier layers included.
+
+    Attributes:
+        name: The layer.
+        operator: The runtime's name of the operator.
+        input_sqnr_db: 10 log10(sum y^2 / sum (y - y')^2) of what it reads, float y against int8 y'; of several inputs
+            the least. None where it is infinite: nothing was lost.
+        sqnr_db: The same of what it returns, behind its activation.
+    """
+
+    name: str
+    operator: str
+    input_sqnr_db: float | None
+    sqnr_db: float | None
+
+    @property
+    def added_noise_ratio(self) -> float:
+        """By how much noise / signal grows from the layer's input to its output; below 0 where it averages noise out.
+
+        >>> LayerSqnr("conv", "Conv", None, 20.0).added_noise_ratio
+        0.01
+        """
+        before, after = (0.0 if db is None else 10 ** (-db / 10) for db in (self.input_sqnr_db, self.sqnr_db))
+        return after - before
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Proof:
+    """What an int8 file computes in int8, read from the file itself.
+
+    Attributes:
+        macs: Multiply-accumulates for one image of all convolutions and matrix products, from the file's shapes.
+        int8_macs: Those of operators that the runtime computes in int8.
+        float_layers: The others, the costliest first.
+        layers: Signal-to-noise ratio at each convolution and matrix product, in the order of the file.
+        images: Calibration images behind `layers`.
+        is_held_out: Whether those had no part in the ranges.
+
+    Raises:
+        ContractError: if the operators do not add up.
+    """
+
+    macs: int
+    int8_macs: int
+    float_layers: tuple[FloatLayer, ...]
+    layers: tuple[LayerSqnr, ...] = ()
+    images: int = 0
+    is_held_out: bool = False
+
+    def __post_init__(self) -> None:
+        if self.int8_macs + sum(layer.macs for layer in self.float_layers) != self.macs:
+            raise ContractError("the multiply-accumulates in int8 and in float do not add up to all of them")
+
+    @property
+    def ratio(self) -> float:
+        """Share of the multiply-accumulates in int8, in [0, 1]; 1 if there are none."""
+        return self.int8_macs / self.macs if self.macs else 1.0
+
+    @property
+    def weakest(self) -> tuple[LayerSqnr, ...]:
+        """The layers that add noise, those that add most first."""
+        adding = [layer for layer in self.layers if layer.added_noise_ratio > 0]
+        return tuple(sorted(adding, key=lambda layer: -layer.added_noise_ratio))
