@@ -1,10 +1,12 @@
 # Every target sets itself up: on a fresh clone, `make demo` is all there is to do.
 #   PYTHON       the Python to build the environment with, 3.11 or newer
 #   VENV         where the environment is built
+#   JOBS         processes that run the tests, one thread each; each may take 1.5 GB of memory
 #   PYTEST_ARGS  more arguments for pytest: make test PYTEST_ARGS='-x -k onnx'
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 STAMP := $(VENV)/.sepdeploy-installed
@@ -21,7 +23,7 @@ demo: $(STAMP)
 	$(VENV)/bin/sepdeploy convert models/digits.pt --arch models.digits:digits_cnn --calibration calibration/digits.toml --validation calibration/digits.toml --calibration-images 256 --max-drop 1 --no-reconstruct --output demo
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadscope $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check

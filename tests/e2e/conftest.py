@@ -136,30 +136,35 @@ class Workplace:
             torch.save(self.network(name).to(dtype).state_dict(), path)
         return path
 
-    def images(self, *, count: int = 128, channels: int = 3, labels: str | None = None) -> str:
-        """Smooth random images, 16x16; labels are what the network `labels` says of them."""
-        path = self.folder / f"images_{count}_{channels}_{labels}.npz"
+    def images(
+        self, *, count: int = 128, channels: int = 3, labels: str | None = None, weights: Path | None = None
+    ) -> str:
+        """Smooth random images, 16x16; labels are what the network `labels` says of them, with other weights if any."""
+        path = self.folder / f"images_{count}_{channels}_{labels}{weights.stem if weights else ''}.npz"
         if not path.exists():
             rng = np.random.default_rng(0)
             coarse = torch.from_numpy(rng.uniform(0, 255, (count, channels, 4, 4)))
             pixels = torch.nn.functional.interpolate(coarse, (16, 16), mode="bicubic").clamp(0, 255).byte()
             arrays = {"images": pixels.permute(0, 2, 3, 1).numpy()}
             if labels is not None:
+                network = self.network(labels)
+                if weights is not None:
+                    network.load_state_dict(torch.load(weights))
                 with torch.no_grad():
-                    arrays["labels"] = self.network(labels)(pixels.float() / 255).argmax(1).numpy()
+                    arrays["labels"] = network(pixels.float() / 255).argmax(1).numpy()
             np.savez(path, **arrays)
         return str(path)
 
-    def trained(self) -> Path:
-        """A checkpoint of Classifier with the statistics of the images, and outputs that say something."""
-        path = self.folder / "trained.pt"
+    def trained(self, name: str = "Classifier") -> Path:
+        """A checkpoint with the statistics of the images, and outputs that say something."""
+        path = self.folder / f"trained_{name}.pt"
         if not path.exists():
-            network = self.network("Classifier").train()
+            network = self.network(name).train()
             with np.load(self.images()) as arrays, torch.no_grad():
                 x = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float() / 255
                 for _ in range(60):
                     network(x)
-                network.linear.weight *= 20
+                network.linear.weight[:, :32] *= 20
             torch.save(network.state_dict(), path)
         return path
 

@@ -117,9 +117,10 @@ def test_spatial_scheme_and_a_class_order_that_does_not_fit(workplace):
 
 
 def test_an_int8_file_that_breaks_the_limit_is_blamed_for_it(workplace):
-    images = workplace.images(count=128, labels="Outlier")
+    model = workplace.trained("Outlier")
+    images = workplace.images(count=128, labels="Outlier", weights=model)
     options = workplace.options(
-        "Outlier", calibration=images, validation=images, precision=Precision.INT8, max_drop_points=30.0
+        "Outlier", model=model, calibration=images, validation=images, precision=Precision.INT8, max_drop_points=30.0
     )
     report = sepdeploy.convert(options)
     assert not report.is_success

@@ -31,9 +31,12 @@ def arguments(workplace):
 
 
 def start(arguments, output) -> subprocess.Popen:
+    def heed_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with it ignored
+
     return subprocess.Popen(
         [sys.executable, "-m", "sepdeploy", *arguments, "--output", str(output)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
 
 
