@@ -24,7 +24,7 @@ from sepdeploy.quantize.simulate import fake_quantized, weight_scales
 __all__ = ["round_adaptively"]
 
 _STEPS = 400
-_LEARNING_RATE = 1e-2
+_LEARNING_RATE = 0.1
 _REGULARIZATION = 0.3
 """Weight of the pull towards 0 and 1 beside errors that are 1 when every weight is rounded to the nearer side."""
 
