@@ -17,6 +17,7 @@ from sepdeploy.version import __version__
 
 if TYPE_CHECKING:
     from sepdeploy.core.design import DesignOptions
+    from sepdeploy.core.int8 import Int8Options
     from sepdeploy.core.options import ConvertOptions, MovedInputs, SelectionOptions
     from sepdeploy.core.training import ReconstructOptions, TrainOptions
     from sepdeploy.pipeline import adopt, convert, design, finetune, plan
@@ -28,6 +29,7 @@ __all__ = [
     "ConvertOptions",
     "DesignOptions",
     "FinetuneContext",
+    "Int8Options",
     "MovedInputs",
     "ReconstructOptions",
     "SelectionOptions",
@@ -46,6 +48,7 @@ _PLACES = {
     "ConvertOptions": "sepdeploy.core.options",
     "DesignOptions": "sepdeploy.core.design",
     "FinetuneContext": "sepdeploy.train.hooks",
+    "Int8Options": "sepdeploy.core.int8",
     "MovedInputs": "sepdeploy.core.options",
     "ReconstructOptions": "sepdeploy.core.training",
     "SelectionOptions": "sepdeploy.core.options",

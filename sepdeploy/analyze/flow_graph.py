@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
 
 from sepdeploy.core.quiet import first_line, quiet
 from sepdeploy.errors import UnsupportedModelError
@@ -44,6 +45,8 @@ WEIGHTED = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 def capture_graph(network: nn.Module, example: Tensor) -> GraphModule:
     """The graph of `network` in eval mode, for any number of images where it allows that.
 
+    It returns the tensors in the network's outputs as a flat tuple, in pytree order.
+
     Args:
         network: In eval mode; its parameters are shared by the graph.
         example: Input of one image or more, (N, ...).
@@ -64,6 +67,7 @@ def capture_graph(network: nn.Module, example: Tensor) -> GraphModule:
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and not node.users:  # checks of the input's shape
             graph.graph.erase_node(node)
+    graph.graph.set_codegen(CodeGen())
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

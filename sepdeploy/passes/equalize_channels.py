@@ -109,6 +109,8 @@ class _Classes:
 
     def tie_all(self, a: Tensor, b: Tensor) -> None:
         """Let numbers at the same places, (...) each, have the same scale."""
+        if torch.equal(a, b):
+            return
         pairs = torch.unique(a.reshape(-1) * len(self._parents) + b.reshape(-1))
         for pair in pairs.tolist():
             self.tie(*divmod(pair, len(self._parents)))
@@ -288,7 +290,8 @@ class ChannelTies(Interpreter):
         """One number for each channel, all elements of which are tied: a weight scales the channel as a whole."""
         rows = numbers.movedim(axis, 0).reshape(numbers.shape[axis], -1)
         largest = rows.amax(1)
-        self._classes.tie_all(rows, largest[:, None].expand_as(rows))
+        if not bool((rows == largest[:, None]).all()):
+            self._classes.tie_all(rows, largest[:, None].expand_as(rows))
         return largest
 
     def _pooled(self, numbers: Tensor, shape: torch.Size) -> Tensor | None:

@@ -78,7 +78,6 @@ def _behind(graph: GraphModule, node: Node, place: int) -> Tensor | None:
     if operator(node) not in WEIGHTED or len(node.args) <= place:
         return None
     argument = node.args[place]
-    if isinstance(argument, Node) and argument.op == "call_module":
+    if isinstance(argument, Node) and argument.op == "call_module":  # its rounding
         argument = argument.args[0]
-        return attribute(graph, argument)
-    return None
+    return attribute(graph, argument)

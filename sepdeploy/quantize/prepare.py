@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from sepdeploy.analyze.flow_graph import capture_graph, fixed_batch_size
 from sepdeploy.core.int8 import CALIBRATION_METHODS, Affine, Int8Options, Int8Step, PlaceRange, RangeMethod
+from sepdeploy.errors import ContractError
 from sepdeploy.quantize.correct_biases import correct_biases
 from sepdeploy.quantize.file_ranges import PROBES, fingerprint
 from sepdeploy.quantize.ranges import affine_of_range, range_of
@@ -130,13 +131,17 @@ def prepare_int8(
 
     Raises:
         UnsupportedModelError: if the network's data flow cannot be captured.
+        ContractError: if `fixed` ranges are those of another network.
     """
     graph = capture_graph(network, example)
     is_single = fixed_batch_size(graph) is not None
     fit, held_out = (_rebatched(each, is_single=is_single) for each in (fit, held_out))
     judge = _Judge(network, example, held_out, held_out_images)
     if fixed is not None:
-        known = {node.name: fixed[node.name] for node in quantized_places(graph) if node.name in fixed}
+        names = {node.name for node in quantized_places(graph)}
+        if names != fixed.keys():
+            raise ContractError(f"the ranges that were trained with do not fit {sorted(names ^ fixed.keys())}")
+        known = dict(fixed)
         value = judge.sqnr_db(fake_quantized(graph, known))
         return Prepared(network, False, "minmax", _places(graph, known, fit), value, ())
     state = _calibrated(network, graph, fit, judge, options)

@@ -19,6 +19,8 @@ __all__ = ["Histogram", "affine_of_range", "range_of"]
 _HALF = 4096
 """Bins on each side of zero: 8 to 16 of them per int8 step where the range is one-sided."""
 
+_CHUNK = 2**20  # values that are sorted into bins at a time, which bounds the memory
+
 _LEVELS = 256
 _TAIL_RATIO = 1e-5
 """Share of the values that the percentile method clips on each side."""
@@ -54,10 +56,12 @@ class Histogram:
             low, high = float(flat.min()), float(flat.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(-low, high))
-        places = np.zeros(flat.shape, np.int64)
-        if self.width:
-            places = np.clip(np.floor(flat / np.float32(self.width)), -_HALF, _HALF - 1).astype(np.int64)
-        self.counts += np.bincount(places + _HALF, minlength=2 * _HALF)
+        for start in range(0, flat.size, _CHUNK):
+            part = flat[start : start + _CHUNK]
+            places = np.zeros(part.shape, np.int64)
+            if self.width:
+                places = np.clip(np.floor(part / np.float32(self.width)), -_HALF, _HALF - 1).astype(np.int64)
+            self.counts += np.bincount(places + _HALF, minlength=2 * _HALF)
 
     def _widen(self, largest: float) -> None:
         """Make the bins reach `largest`."""

@@ -24,8 +24,10 @@ from sepdeploy.quantize.simulate import fake_quantized, weight_scales
 __all__ = ["round_adaptively"]
 
 _STEPS = 400
-_LEARNING_RATE = 1e-2
-_REGULARIZATION = 0.01
+_LEARNING_RATE = 0.1
+_REGULARIZATION = 0.3
+"""Weight of the pull towards 0 and 1 beside errors that are 1 when every weight is rounded to the nearer side."""
+
 _WARMUP_RATIO = 0.2
 _BETA = (20.0, 2.0)
 """Exponent of the term that pulls towards 0 or 1, from the end of the warm-up to the last step."""
@@ -76,9 +78,10 @@ def round_adaptively(
     originals = {key: rounding.weight.detach().clone() for key, rounding in roundings.items()}
     with torch.enable_grad():
         optimizer = torch.optim.Adam([r.logits.requires_grad_() for r in roundings.values()], lr=_LEARNING_RATE)
+        errors = _Losses(simulated, roundings)
         for step, batch in enumerate(itertools.islice(_repeated(batches), _STEPS)):
             targets = _Targets(graph, roundings).see(batch, originals)
-            losses = _Losses(simulated, roundings).see(batch, targets)
+            losses = errors.see(batch, targets)
             loss = torch.stack(losses).sum() + _pull(roundings.values(), step)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -153,17 +156,18 @@ class _Targets(Interpreter):
 
 
 class _Losses(Interpreter):
-    """Distance of each layer's output, with its weight as it learns, from the target, relative to its energy."""
+    """Error of each layer's output with its weight as it learns, relative to that of the first batch."""
 
     def __init__(self, graph: GraphModule, roundings: Mapping[int, _Rounding]) -> None:
         super().__init__(graph)
         self._graph, self._roundings = graph, roundings
         self._targets: Iterator[Tensor] = iter(())
         self._losses: list[Tensor] = []
+        self._first: list[Tensor] = []
 
     def see(self, batch: Tensor, targets: list[Tensor]) -> list[Tensor]:
         """Run a batch with the weights as they would be rounded now."""
-        self._targets = iter(targets)
+        self._targets, self._losses = iter(targets), []
         with torch.no_grad():
             for rounding in self._roundings.values():
                 rounding.weight.copy_(rounding.hard())
@@ -179,9 +183,13 @@ class _Losses(Interpreter):
         if rounding is not None:
             args = list(self.fetch_args_kwargs_from_env(n)[0])
             target = next(self._targets)
+            result = super().run_node(n)
+            place = len(self._losses)
+            if place == len(self._first):  # the first batch, with every weight on the nearer side
+                self._first.append((result - target).square().mean().clamp_min(torch.finfo(target.dtype).tiny))
             with torch.enable_grad():
                 args[1] = rounding.soft()
                 output = n.target(*args)  # type: ignore[operator]
-                energy = target.square().mean().clamp_min(torch.finfo(target.dtype).tiny)
-                self._losses.append((output - target).square().mean() / energy)
+                self._losses.append((output - target).square().mean() / self._first[place])
+            return result
         return super().run_node(n)

@@ -125,7 +125,13 @@ class QuantizeActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Round values of any shape; in float32, whatever the precision around."""
-        return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, 255)
+        # PyTorch's own operator multiplies by 1 / scale, the runtimes divide: halves would fall to other sides.
+        values = x.float()
+        clipped = values.clamp(-self.zero_point * self.scale, (255 - self.zero_point) * self.scale)
+        with torch.no_grad():
+            codes = (torch.round(values / self.scale) + self.zero_point).clamp(0, 255)
+            rounded = (codes - self.zero_point) * self.scale
+        return clipped + (rounded - clipped).detach()
 
 
 class QuantizeWeight(nn.Module):
@@ -185,7 +191,6 @@ def _copied(graph: GraphModule) -> torch.fx.Graph:
     copies: dict[Node, Node] = {}
     returned = new.graph_copy(graph.graph, copies)
     new.output(returned)
-    new._codegen = graph.graph._codegen  # how inputs and outputs are nested
     for old, copy in copies.items():
         copy.name = old.name
     return new

@@ -71,8 +71,6 @@ def train_for_int8(
     prepared = prepare_for_int8(options.int8, inputs, traced, folded, options.seed)
     graph = capture_graph(prepared.network, inputs.example())
     student = fake_quantized(graph, {place.name: place.affine for place in prepared.places})
-    for parameter, own in zip(student.parameters(), graph.parameters(), strict=False):
-        parameter.requires_grad_(own.requires_grad)
     trained, step, _ = finetune(
         student,
         inputs.network,

@@ -12,6 +12,7 @@ from sepdeploy.cli import finetune as finetune_command
 from sepdeploy.cli import inspect as inspect_command
 from sepdeploy.cli import plan as plan_command
 from sepdeploy.core.design import FROM_SCRATCH, DesignOptions
+from sepdeploy.core.int8 import Int8Options
 from sepdeploy.core.options import ConvertOptions, MovedInputs, SelectionOptions
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.core.training import TrainOptions
@@ -21,13 +22,18 @@ SELECTION = {
     "objective": "goal", "max_latency": "max_latency", "max_ratio": "max_latency_ratio", "max_size": "max_size_bytes",
     "max_memory": "max_memory_bytes", "pricing_time": "pricing_seconds",
 }  # fmt: skip
+INT8 = {
+    "calibration_method": "calibration_method", "io": "io", "equalize": "equalizes", "bias_correction": "corrects_bias",
+    "adaptive_rounding": "rounds_adaptively",
+}  # fmt: skip
 SCHEME_FIELDS = [field.name for field in dataclasses.fields(SchemeOptions)]
 
 
 def test_all_names():
     assert sepdeploy.__all__ == [
-        "ConvertOptions", "DesignOptions", "FinetuneContext", "MovedInputs", "ReconstructOptions", "SelectionOptions",
-        "SeparableConv2d", "TrainOptions", "__version__", "adopt", "convert", "design", "finetune", "load", "plan",
+        "ConvertOptions", "DesignOptions", "FinetuneContext", "Int8Options", "MovedInputs", "ReconstructOptions",
+        "SelectionOptions", "SeparableConv2d", "TrainOptions", "__version__", "adopt", "convert", "design", "finetune",
+        "load", "plan",
     ]  # fmt: skip
     for name in sepdeploy.__all__:
         assert getattr(sepdeploy, name) is not None
@@ -70,10 +76,10 @@ def test_command_line_and_python_have_the_same_options_and_defaults(tmp_path):
     }  # fmt: skip
     for name, value in same.items():
         assert by_name[name].default == value, name
-    grouped = {"scheme_options", "selection", "training"}
+    grouped = {"int8", "scheme_options", "selection", "training"}
     python = {f.name for f in dataclasses.fields(ConvertOptions)} - {"bench_seconds", "command", *grouped}
     renamed = {"max_drop": "max_drop_points", "recoverable": "recoverable_points"}
-    options = {renamed.get(name, name) for name in by_name} - {"as_json", *SCHEME_FIELDS, *SELECTION}
+    options = {renamed.get(name, name) for name in by_name} - {"as_json", *INT8, *SCHEME_FIELDS, *SELECTION}
     assert {name for name in options if not name.startswith("training_")} == python
 
 
@@ -85,6 +91,12 @@ def test_every_command_that_selects_has_all_fields_of_the_selection():
         assert {name: context.params[name] for name in SELECTION} == {
             name: getattr(defaults, field) for name, field in SELECTION.items()
         }
+
+
+def test_convert_has_all_fields_of_int8():
+    assert set(INT8.values()) == {f.name for f in dataclasses.fields(Int8Options)}
+    params = convert.command.make_context("x", ["m.pt", "--arch", "a:b", "--calibration", "c"]).params
+    assert {INT8[name]: params[name] for name in INT8} == dataclasses.asdict(Int8Options())
 
 
 def test_finetune_and_convert_have_the_same_training_and_finetune_can_be_told_of_every_moved_input():

@@ -44,3 +44,6 @@ def test_options_that_nothing_reads_are_refused(given):
     assert "--batch-size belongs to --train" in given("--batch-size", "3")
     assert "no effect beside --finetune-hook" in given("--train", "x", "--finetune-hook", "a:b", "--batch-size", "3")
     assert given("--train", "x", "--finetune-hook", "a:b")["hook"] == "a:b"
+    assert "--qat belongs to --train" in given("--qat")
+    assert "--qat has no effect beside --finetune-hook" in given("--train", "x", "--finetune-hook", "a:b", "--qat")
+    assert given("--train", "x", "--qat")["is_quantization_aware"] is True

@@ -7,7 +7,7 @@ from torch import nn
 from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.errors import ContractError
-from sepdeploy.passes.fold_batchnorm import fold_batchnorm
+from sepdeploy.passes.fold_batchnorm import fold_batchnorm, unfold_batchnorm
 from sepdeploy.planning.candidates import propose_plan
 from sepdeploy.planning.convert import convert_network
 
@@ -75,3 +75,25 @@ def test_wrong_pairs_are_our_bug():
         fold_batchnorm(net, {"0": "1"})
     with pytest.raises(ContractError, match="without running statistics"):
         fold_batchnorm(net, {"0": "2"})
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "twice"])
+@pytest.mark.parametrize("scheme", [None, "depthwise_separable"])
+@torch.no_grad()
+def test_unfolding_gives_the_folded_function_back_in_the_old_structure(make_net, name, scheme):
+    net, x = make_net(name)
+    trace = trace_network(net, x)
+    if scheme:
+        net = convert_network(net, trace, propose_plan(trace, scheme, SchemeOptions()), lambda: [x])[0]
+    folded = copy.deepcopy(net)
+    fold_batchnorm(folded, pairs_of(trace))
+    for parameter in folded.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))  # as training would
+    unfolded = unfold_batchnorm(net, folded, pairs_of(trace))
+    assert unfolded.state_dict().keys() == net.state_dict().keys()
+    for output, expected in zip(outputs_of(unfolded, x), outputs_of(folded, x), strict=True):
+        assert torch.allclose(output, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    again = copy.deepcopy(unfolded)
+    fold_batchnorm(again, pairs_of(trace))
+    for weight, expected in zip(again.parameters(), folded.parameters(), strict=True):
+        assert torch.allclose(weight, expected, rtol=1e-6, atol=0)

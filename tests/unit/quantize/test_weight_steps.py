@@ -1,0 +1,65 @@
+"""Bias correction and adaptive rounding on layers where it is known what they should win."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sepdeploy.analyze.flow_graph import capture_graph
+from sepdeploy.core.int8 import Affine
+from sepdeploy.quantize import round_adaptively as rounding
+from sepdeploy.quantize.correct_biases import correct_biases
+from sepdeploy.quantize.simulate import fake_quantized, weight_scales
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(32, 8, 1)).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def images():
+    """All channels alike and positive: rounding errors of the weights of a row add up."""
+    torch.manual_seed(1)
+    return (torch.rand(16, 1, 4, 4) + 0.5).expand(16, 32, 4, 4).contiguous()
+
+
+def error(network, wanted, images):
+    """Difference of outputs with rounded weights, activations being as good as exact, per output channel."""
+    graph = capture_graph(network, images[:1])
+    coarse = fake_quantized(graph, {"input": Affine(0.01, 0)})
+    rounded = torch.round(images / 0.01).clamp(0, 255) * 0.01
+    return (coarse(images)[0] - wanted(rounded)).detach()
+
+
+def test_biases_take_back_the_mean_error(network, images):
+    before = copy.deepcopy(network)
+    shift = error(network, before, images).mean((0, 2, 3))
+    assert (
+        correct_biases(network, images[:1], {"input": Affine(0.01, 0)}, lambda: [images[:8], images[8:]]) == "1 biases"
+    )
+    after = error(network, before, images).mean((0, 2, 3))
+    assert after.abs().max() < 0.05 * shift.abs().max()
+    assert torch.equal(network[0].weight, before[0].weight)
+
+
+def test_a_network_without_biases_is_left_alone(images):
+    network = nn.Sequential(nn.Conv2d(32, 8, 1, bias=False)).eval()
+    assert correct_biases(network, images[:1], {"input": Affine(0.01, 0)}, lambda: [images]) == ""
+
+
+def test_weights_go_to_the_side_that_keeps_the_output(network, images, monkeypatch):
+    monkeypatch.setattr(rounding, "_STEPS", 300)
+    before = copy.deepcopy(network)
+    nearest = error(network, before, images).square().mean()
+    detail = rounding.round_adaptively(network, images[:1], {"input": Affine(0.01, 0)}, lambda: [images])
+    assert detail.startswith("1 weights, ")
+    assert error(network, before, images).square().mean() < 0.25 * nearest
+    # On the grid that the exporters find again: the largest weight of each row is where it was.
+    scale = weight_scales(before[0].weight).reshape(-1, 1, 1, 1)
+    assert torch.allclose(weight_scales(network[0].weight).reshape(-1, 1, 1, 1), scale, rtol=1e-6)
+    codes = network[0].weight / scale
+    assert (codes - codes.round()).abs().max() < 1e-3
+    assert ((codes - before[0].weight / scale).abs() <= 1 + 1e-3).all()
