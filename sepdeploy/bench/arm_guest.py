@@ -25,9 +25,6 @@ _STILL_SECONDS = 900.0
 
 _POLL_SECONDS = 0.05
 
-_NOTHING_REGIONS = 2
-"""Regions around nothing that bench.py marks first; the last one is what marking itself costs."""
-
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -245,7 +242,8 @@ def _run_once(
     results = []
     for path, report in zip(paths[first:], reports, strict=False):
         own, regions = regions[: report["regions"]], regions[report["regions"] :]
-        repeats = tuple(region.without(own[_NOTHING_REGIONS - 1]) for region in own[_NOTHING_REGIONS:])
+        nothing = 2 * report["warmup"]  # the region around nothing right before those that count
+        repeats = tuple(region.without(own[nothing]) for region in own[nothing + 1 :])
         results.append(
             GuestFile(path, report.get("runtime", ""), report.get("error", ""), repeats, blocks, report["burst"])
         )
