@@ -18,7 +18,7 @@ CORE = find_core("cortex-a72")
 BLOCK = {"block": 0, "words": "91000400d65f03c0", "classes": {"integer": 1, "branch": 1}, "macs": 0}
 BLOCK |= {"loaded_bytes": 0, "stored_bytes": 0}
 REGIONS = [
-    {"region": i, "blocks": [[0, 5 + i]], "l1_accesses": 9, "l1_misses": 3 + i, "l2_misses": 1} for i in range(4)
+    {"region": i, "blocks": [[0, 5 + i]], "l1_accesses": 9, "l1_misses": 3 + i, "l2_misses": 1} for i in range(5)
 ]
 
 
