@@ -106,12 +106,13 @@ def measure_runs(run, arguments, report):
             pass
 
     def marked(function):
-        report["regions"] += arguments.marks
         start_ns = time.perf_counter_ns()
         syscall(MARK, BEGIN)
         function()
         syscall(MARK, END)
-        return time.perf_counter_ns() - start_ns
+        elapsed_ns = time.perf_counter_ns() - start_ns
+        report["regions"] += arguments.marks  # not if it raised: then there was no end
+        return elapsed_ns
 
     runs_ns = report["runs_ns"]
     gc.collect()
@@ -155,6 +156,13 @@ def random_input(shape, dtype, rng):
     return rng.integers(0, 2, size=shape).astype(dtype)
 
 
+def static_shape(name, shape):
+    """`shape` with 1 for a batch size that the file leaves open (-1)."""
+    if any(size < 0 for size in shape[1:]):
+        raise ValueError(f"input '{name}' has the dynamic shape {shape}: export it with a fixed height and width")
+    return [1 if size < 0 else size for size in shape]
+
+
 class OnnxNetwork:
     """An ONNX file in onnxruntime."""
 
@@ -169,7 +177,10 @@ class OnnxNetwork:
         self.runtime = "onnxruntime " + onnxruntime.__version__
         self.names = [value.name for value in self.session.get_inputs()]
         self.inputs = [
-            ([size if isinstance(size, int) else 1 for size in value.shape], ONNX_TYPES[value.type])
+            (
+                static_shape(value.name, [size if isinstance(size, int) else -1 for size in value.shape]),
+                ONNX_TYPES[value.type],
+            )
             for value in self.session.get_inputs()
         ]
         self.binding = self.session.io_binding()
@@ -199,6 +210,8 @@ class LitertNetwork:
         self.interpreter = interpreter_class(model_path=str(path), num_threads=threads)
         self.interpreter.allocate_tensors()
         self.details = self.interpreter.get_input_details()
+        for each in self.details:
+            static_shape(each["name"], [int(size) for size in each["shape_signature"]])
         self.inputs = [([int(size) for size in each["shape"]], each["dtype"]) for each in self.details]
         self.run = self.interpreter.invoke
 
