@@ -251,9 +251,11 @@ def _run_once(
         results.append(GuestFile(path, report.get("runtime", ""), error, repeats, blocks, report["burst"]))
     if not has_finished and first + len(results) < len(paths):
         at_fault = paths[first + len(results)]
-        said = f" ({_last_line(stderr)})" if stderr.strip() and code == 1 else ""  # Python's last words
+        last_words = f" ({_last_line(stderr)})" if stderr.strip() and code == 1 else ""
         results.append(
-            GuestFile(at_fault, "", f"the guest {_ending(code, still_seconds)}{said} while it ran {at_fault.name}")
+            GuestFile(
+                at_fault, "", f"the guest {_ending(code, still_seconds)}{last_words} while it ran {at_fault.name}"
+            )
         )
     return results
 
