@@ -220,6 +220,7 @@ static void end_region(void)
         fprintf(out, ",\"l1_accesses\":%" PRIu64 ",\"l1_misses\":%" PRIu64 ",\"l2_misses\":%" PRIu64, l1.accesses,
                 l1.misses, l2.misses);
     fprintf(out, "}\n");
+    fflush(out); /* a later crash takes nothing of it along */
 }
 
 static void on_syscall(qemu_plugin_id_t id, unsigned vcpu, int64_t number, uint64_t what, uint64_t a2, uint64_t a3,

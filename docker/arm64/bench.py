@@ -4,12 +4,13 @@ Needs Python 3.8, numpy and the runtime of the files (onnxruntime, ai-edge-liter
 sepdeploy. Prints one JSON object per file, in order, and `{"end": true}` at last: so a reader knows which file a crash
 is about.
 
-    {"file": "a.onnx", "threads": 1, "burst": 1, "runs_ns": [5151, ...], "regions": 5, "runtime": "onnxruntime 1.31.1"}
-    {"file": "b.onnx", "threads": 1, "burst": 1, "runs_ns": [], "regions": 0, "error": "..."}
+    {"file": "a.onnx", "threads": 1, "burst": 1, "warmup": 2, "runs_ns": [5151, ...], "regions": 8, "runtime": "..."}
+    {"file": "b.onnx", "threads": 1, "burst": 1, "warmup": 0, "runs_ns": [], "regions": 0, "error": "..."}
 
 `runs_ns` are wall-clock times of `burst` inferences each: on a real processor they are latencies, under emulation they
-mean nothing. With --marks every burst stands between two marks of the counting plugin (armcount.c), after two pairs of
-marks around a run of nothing; `regions` counts the pairs, for files that failed as well.
+mean nothing. With --marks every burst stands between two marks of the counting plugin (armcount.c): for each warm-up a
+pair around nothing and one around a burst, then one around nothing, then those that count. `regions` counts the pairs,
+for files that failed as well.
 """
 
 import argparse
@@ -58,7 +59,14 @@ def main():
     bursts = [int(number) for number in arguments.bursts.split(",") if number]
     for place, path in enumerate(arguments.files, arguments.first):
         burst = bursts[place - arguments.first] if bursts else 1
-        report = {"file": str(path), "threads": arguments.threads, "burst": burst, "runs_ns": [], "regions": 0}
+        report = {
+            "file": str(path),
+            "threads": arguments.threads,
+            "burst": burst,
+            "warmup": 0,
+            "runs_ns": [],
+            "regions": 0,
+        }
         try:
             run_file(path, place, arguments, report)
         except Exception as error:  # one bad file of many: the others are run
@@ -80,8 +88,7 @@ def run_file(path, place, arguments, report):
         rng = np.random.default_rng(arguments.seed)
         inputs = [random_input(shape, np.dtype(dtype), rng) for shape, dtype in network.inputs]
     network.set_inputs(inputs)
-    for _ in range(max(1, arguments.warmup)):
-        network.run()
+    report["warmup"] = max(1, arguments.warmup)
     measure_runs(network.run if report["burst"] == 1 else repeated(network.run, report["burst"]), arguments, report)
     if arguments.outputs is not None:
         outputs = {str(i): output for i, output in enumerate(network.outputs())}
@@ -98,23 +105,27 @@ def measure_runs(run, arguments, report):
         def syscall(number, what):
             pass
 
+    def marked(function):
+        start_ns = time.perf_counter_ns()
+        syscall(MARK, BEGIN)
+        function()
+        syscall(MARK, END)
+        elapsed_ns = time.perf_counter_ns() - start_ns
+        report["regions"] += arguments.marks  # not if it raised: then there was no end
+        return elapsed_ns
+
     runs_ns = report["runs_ns"]
-    end_ns = time.perf_counter_ns() + int(arguments.seconds * 1e9)
     gc.collect()
     gc.disable()
     try:
-        for function in (nothing, nothing):  # the first call of anything is a little different
-            report["regions"] += arguments.marks
-            syscall(MARK, BEGIN)
-            function()
-            syscall(MARK, END)
+        # Warm-ups go the same way as what counts: Python too does things otherwise the first few times.
+        for _ in range(report["warmup"]):
+            marked(nothing)
+            marked(run)
+        marked(nothing)
+        end_ns = time.perf_counter_ns() + int(arguments.seconds * 1e9)
         while len(runs_ns) < arguments.repeats or time.perf_counter_ns() < end_ns:
-            report["regions"] += arguments.marks
-            start_ns = time.perf_counter_ns()
-            syscall(MARK, BEGIN)
-            run()
-            syscall(MARK, END)
-            runs_ns.append(time.perf_counter_ns() - start_ns)
+            runs_ns.append(marked(run))
     finally:
         gc.enable()
 
@@ -145,6 +156,13 @@ def random_input(shape, dtype, rng):
     return rng.integers(0, 2, size=shape).astype(dtype)
 
 
+def static_shape(name, shape):
+    """`shape` with 1 for a batch size that the file leaves open (-1)."""
+    if any(size < 0 for size in shape[1:]):
+        raise ValueError(f"input '{name}' has the dynamic shape {shape}: export it with a fixed height and width")
+    return [1 if size < 0 else size for size in shape]
+
+
 class OnnxNetwork:
     """An ONNX file in onnxruntime."""
 
@@ -159,7 +177,10 @@ class OnnxNetwork:
         self.runtime = "onnxruntime " + onnxruntime.__version__
         self.names = [value.name for value in self.session.get_inputs()]
         self.inputs = [
-            ([size if isinstance(size, int) else 1 for size in value.shape], ONNX_TYPES[value.type])
+            (
+                static_shape(value.name, [size if isinstance(size, int) else -1 for size in value.shape]),
+                ONNX_TYPES[value.type],
+            )
             for value in self.session.get_inputs()
         ]
         self.binding = self.session.io_binding()
@@ -189,6 +210,8 @@ class LitertNetwork:
         self.interpreter = interpreter_class(model_path=str(path), num_threads=threads)
         self.interpreter.allocate_tensors()
         self.details = self.interpreter.get_input_details()
+        for each in self.details:
+            static_shape(each["name"], [int(size) for size in each["shape_signature"]])
         self.inputs = [([int(size) for size in each["shape"]], each["dtype"]) for each in self.details]
         self.run = self.interpreter.invoke
 

@@ -30,9 +30,6 @@ _TIMED_OUT = 124
 Launched = tuple[Sequence[str], dict[str, str] | None]
 """A command and its environment; None is that of this process."""
 
-_NOTHING_REGIONS = 2
-"""Regions around nothing that bench.py marks first; the last one is what marking itself costs."""
-
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -158,7 +155,7 @@ def run_guest(
     """
     place = place or _emulator_here(core, progress)
     results: list[GuestFile] = []
-    while len(results) < len(paths):
+    while len(results) < len(paths):  # more than once where a file ends the process
         first = len(results)
         numbers = {"--repeats": repeats, "--warmup": warmup, "--seed": seed, "--first": first}
         options = ["--marks", *(text for name, value in numbers.items() for text in (name, str(value)))]
@@ -180,9 +177,10 @@ def guest_arguments(core: ArmCore, root: Path, plugin: Path, counts: Path, argum
         arguments: Of bench.py.
     """
     caches = ",".join(f"{name}={each.kib}:{each.ways}" for name, each in (("l1", core.l1), ("l2", core.l2)))
+    plugin_text, counts_text = (str(path).replace(",", ",,") for path in (plugin, counts))  # a comma, as QEMU reads it
     return [
         *("qemu-aarch64", "-seed", "1", "-cpu", core.qemu_cpu, "-L", str(root)),
-        *("-plugin", f"{plugin},out={counts},{caches}"),
+        *("-plugin", f"{plugin_text},out={counts_text},{caches}"),
         *(str(root / "usr" / "bin" / "python3.11"), "-s", "-S", "-B", str(arm64_files() / "bench.py"), *arguments),
     ]
 
@@ -276,14 +274,19 @@ def _run_once(
     results = []
     for path, report in zip(paths[first:], reports, strict=False):
         own, regions = regions[: report["regions"]], regions[report["regions"] :]
-        repeats = tuple(region.without(own[_NOTHING_REGIONS - 1]) for region in own[_NOTHING_REGIONS:])
-        results.append(
-            GuestFile(path, report.get("runtime", ""), report.get("error", ""), repeats, blocks, report["burst"])
-        )
+        error = report.get("error", "")
+        if not error and len(own) < report["regions"]:
+            error = "its counts are incomplete"
+        nothing = 2 * report["warmup"]  # the region around nothing right before those that count
+        repeats = tuple(region.without(own[nothing]) for region in own[nothing + 1 :])
+        results.append(GuestFile(path, report.get("runtime", ""), error, repeats, blocks, report["burst"]))
     if not has_finished and first + len(results) < len(paths):
         at_fault = paths[first + len(results)]
+        last_words = f" ({_last_line(stderr)})" if stderr.strip() and code == 1 else ""
         results.append(
-            GuestFile(at_fault, "", f"the guest {_ending(code, still_seconds)} while it ran {at_fault.name}")
+            GuestFile(
+                at_fault, "", f"the guest {_ending(code, still_seconds)}{last_words} while it ran {at_fault.name}"
+            )
         )
     return results
 

@@ -125,7 +125,10 @@ def _differences(core: ArmCore, paths: Sequence[Path], progress: Progress, seed:
 def _run_here(paths: Sequence[Path], outputs: Path, seed: int) -> None:
     options = ["--repeats", "1", "--warmup", "1", "--seed", str(seed), "--outputs", str(outputs)]
     command = [sys.executable, str(arm64_files() / "bench.py"), *options, *(str(path.resolve()) for path in paths)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_HOST_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_HOST_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ToolError(f"the files take more than {_HOST_SECONDS} s on this machine") from error
     if done.returncode or not all((outputs / f"{i}.npz").is_file() for i in range(len(paths))):
         raise ToolError("the files do not run on this machine, so there is nothing to compare with", stderr=done.stderr)
 

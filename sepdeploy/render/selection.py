@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sepdeploy.core.measurement import Method
 from sepdeploy.core.selection import Choice, LayerChoices, Selection
 from sepdeploy.render.format_numbers import plural, three_digits
 from sepdeploy.render.tables import NONE, Column, add_row, add_totals, kilo, make_table, mega
@@ -68,7 +69,7 @@ def explanation(selection: Selection, name: str) -> tuple[Table, str]:
         Column("form", "name"),
         Column("written as", "name"),
         Column(f"{selection.unit}\nsaved"),
-        Column("95% interval"),
+        Column("95% interval" if selection.method is Method.WALL_CLOCK else "range of\nthe model"),
         Column("damage"),
         Column("kMACs"),
         Column("k params"),
@@ -109,7 +110,8 @@ def _why(selection: Selection, layer: LayerChoices, chosen: Choice) -> str:
             return f"{sentence}: no other form of it could be measured on the target"
         if not selection.takes_slower_forms and not any(choice.difference_high < 0 for choice in layer.choices):
             forms = plural(len(layer.choices) - 1, "form")
-            return f"{sentence}: none of {forms} measured is faster on the target by the whole of its interval"
+            ends = _range_name(selection)
+            return f"{sentence}: none of {forms} measured is faster on the target by the whole of its {ends}"
     else:
         saved = three_digits(-chosen.difference)
         sentence = (
@@ -131,6 +133,10 @@ def _why(selection: Selection, layer: LayerChoices, chosen: Choice) -> str:
                 f"; {next_one.label} would do {three_digits(relief)} less damage for {three_digits(cost)} {unit} more"
             )
     return sentence
+
+
+def _range_name(selection: Selection) -> str:
+    return "interval" if selection.method is Method.WALL_CLOCK else "modelled range"
 
 
 def _name(choice: Choice) -> str:

@@ -14,7 +14,7 @@ from sepdeploy.core.artifact import Precision
 from sepdeploy.core.codec import read_json, to_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_bytes
-from sepdeploy.core.measurement import Measured, Quality
+from sepdeploy.core.measurement import Measured, Method, Quality
 from sepdeploy.core.memory import BYTES_PER_VALUE
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.pareto import FrontPoint
@@ -213,15 +213,16 @@ class _Run:
         )
 
 
-def _sure(layer: LayerChoices) -> LayerChoices:
+def _sure(layer: LayerChoices, method: Method = Method.WALL_CLOCK) -> LayerChoices:
     """Only forms that are faster by the whole of their interval: of many that are none, some always look faster."""
+    interval = "95% interval" if method is Method.WALL_CLOCK else "modelled range"
     dense, *others = layer.choices
     sure = [choice for choice in others if choice.difference_high < 0]
     if sure or not others or layer.kept is not None:
         return replace(layer, choices=(dense, *sure))
     best = min(others, key=lambda choice: choice.difference_high)
     numbers = (
-        f"{best.label}: {best.difference:+.3g}, 95% interval {best.difference_low:+.3g} to {best.difference_high:+.3g}"
+        f"{best.label}: {best.difference:+.3g}, {interval} {best.difference_low:+.3g} to {best.difference_high:+.3g}"
     )
     return replace(layer, choices=(dense,), kept=Kept(Reason.NOT_FASTER, numbers))
 
@@ -344,7 +345,9 @@ def _search(
     return Search(
         inputs.network,
         traced,
-        weighed.layers if options.selection.takes_slower_forms else tuple(map(_sure, weighed.layers)),
+        weighed.layers
+        if options.selection.takes_slower_forms
+        else tuple(_sure(layer, weighed.method) for layer in weighed.layers),
         weighed.unit,
         lowered_for(weighed.target, weighed.precision),
         tensor_batches(inputs.calibration, batch_size_for(traced)),

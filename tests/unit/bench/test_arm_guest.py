@@ -18,13 +18,22 @@ CORE = find_core("cortex-a72")
 BLOCK = {"block": 0, "words": "91000400d65f03c0", "classes": {"integer": 1, "branch": 1}, "macs": 0}
 BLOCK |= {"loaded_bytes": 0, "stored_bytes": 0}
 REGIONS = [
-    {"region": i, "blocks": [[0, 5 + i]], "l1_accesses": 9, "l1_misses": 3 + i, "l2_misses": 1} for i in range(4)
+    {"region": i, "blocks": [[0, 5 + i]], "l1_accesses": 9, "l1_misses": 3 + i, "l2_misses": 1} for i in range(5)
 ]
 
 
-def report(name: str, regions: int = 4, **more: object) -> str:
+def report(name: str, regions: int = 5, **more: object) -> str:
     return json.dumps(
-        {"file": name, "threads": 1, "burst": 1, "runs_ns": [], "regions": regions, "runtime": "runtime 1", **more}
+        {
+            "file": name,
+            "threads": 1,
+            "burst": 1,
+            "warmup": 1,
+            "runs_ns": [],
+            "regions": regions,
+            "runtime": "runtime 1",
+            **more,
+        }
     )
 
 
@@ -59,7 +68,7 @@ def test_regions_are_without_what_marking_costs(guest) -> None:
     script = f"echo '{report('a')}'; echo '{report('b', 0, error='E: no')}'; echo '{{\"end\": true}}'"
     first, second = guest(script, counts=lines(BLOCK, *REGIONS, {"end": True}))
     assert (first.error, first.runtime) == ("", "runtime 1")
-    # The second of the two regions around nothing had 6 runs of the block and 4 misses.
+    # The region around nothing after the warm-up had 7 runs of the block and 5 misses.
     assert first.repeats == (Region({0: 1}, 1, 0), Region({0: 2}, 2, 0))
     assert first.blocks[0].length == 2
     assert (second.error, second.repeats) == ("E: no", ())

@@ -7,6 +7,7 @@ import pytest
 from torch import nn
 
 from sepdeploy.core.artifact import Format, Precision, Role
+from sepdeploy.core.measurement import Counts, Environment, Method
 from sepdeploy.core.memory import MemoryProfile, MemoryStep
 from sepdeploy.core.options import ConvertOptions, SelectionOptions
 from sepdeploy.core.plan import Plan, SchemeOptions
@@ -17,11 +18,10 @@ NETWORK = nn.Linear(199, 1)  # 200 parameters
 MEMORY = MemoryProfile((MemoryStep("", "input", 12), MemoryStep("cat", "concat", 25)))
 
 
-def checks(speedup=2.0, **selection):
+def checks(speedup=2.0, measured=None, **selection):
     options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(**selection))
-    converted = SimpleNamespace(
-        measured=SimpleNamespace(cost=3.0, speedup=speedup), artifact=SimpleNamespace(size_bytes=900)
-    )
+    measured = measured or SimpleNamespace(cost=3.0, speedup=speedup)
+    converted = SimpleNamespace(measured=measured, artifact=SimpleNamespace(size_bytes=900))
     return {check.name: check for check in _limit_checks(options, converted, NETWORK, MEMORY)}
 
 
@@ -53,3 +53,16 @@ def test_an_original_that_holds_the_limits_is_no_failure(limit, names):
 
 def test_without_a_limit_there_is_nothing_to_check():
     assert checks() == {}
+
+
+def test_limits_of_an_emulated_core_are_in_modelled_cycles():
+    numbers = (10, {"integer": 10}, 1, 1, 1, 1, 1, 2000.0, 4000.0, 1.5, 2, 0.0, Method.EMULATED_COUNT)
+    counts = Counts("Cortex-A72", *numbers, Environment("c", 1, "s", "r", 1), "00", 2.0, 1.5, 2.5)
+    check = checks(measured=counts, max_latency=3000.0)["latency"]
+    assert check.is_met
+    assert (
+        "3000 kcycles for one inference on ort float32 (modelled, the middle of the range), the limit" in check.sentence
+    )
+    assert not checks(measured=counts, max_latency=2999.0)["latency"].is_met
+    share = checks(measured=counts, max_latency_ratio=0.5)["latency"]
+    assert "50% of the original's modelled cycles" in share.sentence
