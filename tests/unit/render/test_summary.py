@@ -105,7 +105,7 @@ def test_speedup_is_the_ratio_of_medians_where_another_file_is_the_reference(sam
 def test_unknown_target_is_refused(samples: ModuleType) -> None:
     report = replace(samples.success_report(), target="npu")
 
-    with pytest.raises(UsageError, match="target 'npu' is not one of ort, litert"):
+    with pytest.raises(UsageError, match="there is no target 'npu'; choose one of ort, litert"):
         summary.verdict(report)
 
 

@@ -57,6 +57,11 @@ class SshServer:
         wait_for(lambda: not list(place.iterdir()), fails=False)
         return sorted(path.name for path in place.iterdir())
 
+    def still_running(self, name: str) -> list[str]:
+        """Command lines of the board's processes, once they had time to end."""
+        wait_for(lambda: not self.processes(name), fails=False)
+        return self.processes(name)
+
     def processes(self, name: str) -> list[str]:
         """Command lines of processes that run in the board's folder for temporary files."""
         found = []

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -215,7 +214,7 @@ def test_the_time_limit_holds_there(board, ssh_boards, sleeper):
     with pytest.raises(ToolError, match=r"it took more than 0.2 s; give it more time with --time-limit"):
         run_on_board(board("native"), Work("describe"), BoardOptions(limit_seconds=0.2, python=sleeper))
     assert ssh_boards.left_behind("native") == []
-    assert ssh_boards.processes("native") == []
+    assert ssh_boards.still_running("native") == []
 
 
 def test_the_time_limit_holds_here(board, monkeypatch):
@@ -227,20 +226,19 @@ def test_the_time_limit_holds_here(board, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopping_leaves_nothing_there(number, ssh_boards, onnx_file, sleeper):
-    command = [sys.executable, "-m", "sepdeploy", "bench", str(onnx_file), "--target", "ssh://native"]
-    with subprocess.Popen(
-        [*command, "--board-python", sleeper, "--ssh-config", str(ssh_boards.config)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
-    ) as process:
+    words = ["bench", str(onnx_file), "--target", "ssh://native", "--board-python", sleeper]
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
+        f"from sepdeploy.cli.main import main\nmain({[*words, '--ssh-config', str(ssh_boards.config)]!r})"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
         _wait_until(lambda: ssh_boards.processes("native"))
         process.send_signal(number)
         _, errors = process.communicate(timeout=20)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
     assert "Traceback" not in errors
     assert ssh_boards.left_behind("native") == []
-    assert ssh_boards.processes("native") == []
+    assert ssh_boards.still_running("native") == []
 
 
 def _wait_until(condition):

@@ -23,7 +23,7 @@ from sepdeploy.core.progress import Silent
 
 LIMIT_SECONDS = 60.0
 NATIVE_PACKAGES = ("qemu-user", "gcc", "libc6-dev", "dash", "coreutils", "sed")
-LEFT_OUT = re.compile(r"^/usr/share/|^/usr/bin/qemu-(?!aarch64$)|lto|[a-z]san\.")
+LEFT_OUT = re.compile(r"^/usr/share/|^/usr/bin/qemu-(?!aarch64$)|lto1$|lto-dump|[a-z]san\.")
 DOCKERD = (
     "--iptables=false",
     "--bridge=none",
@@ -57,6 +57,15 @@ def engine(program: Callable[[str], str], tmp_path_factory: pytest.TempPathFacto
     if os.geteuid() != 0:
         pytest.skip("only root can start a Docker engine")
     folder = tmp_path_factory.mktemp("docker")
+    # In memory: a gigabyte that is written once and removed soon would keep the disk busy for half a minute.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6g,mode=711", "sepdeploy-test", str(folder)], check=True)
+    try:
+        yield from _running(dockerd, folder)
+    finally:
+        subprocess.run(["umount", "--recursive", str(folder)], check=True)
+
+
+def _running(dockerd: str, folder: Path) -> Iterator[Engine]:
     socket = folder / "s"
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
@@ -79,7 +88,6 @@ def engine(program: Callable[[str], str], tmp_path_factory: pytest.TempPathFacto
             finally:
                 server.terminate()
                 server.wait(LIMIT_SECONDS)
-    subprocess.run(["rm", "-rf", str(folder)], check=True)  # devices and foreign owners: beyond shutil
 
 
 @pytest.fixture(scope="session")
@@ -116,17 +124,17 @@ def _write_native_root(path: Path) -> None:
     packages = sorted({line for line in found.splitlines() if line and line[0].isalnum()})
     files = {Path(line) for line in _output("dpkg", "-L", *packages).splitlines() if line.startswith("/")}
     merged = ("bin", "sbin", "lib", "lib64")
+    places = {Path("usr", *file.parts[1:]) if file.parts[1:2] and file.parts[1] in merged else Path(*file.parts[1:])
+              for file in files if not LEFT_OUT.search(str(file))}  # fmt: skip
     with tarfile.open(path, "w") as archive:
         for name in merged:
             link = tarfile.TarInfo(name)
             link.type, link.linkname = tarfile.SYMTYPE, f"usr/{name}"
             archive.addfile(link)
-        for file in sorted(files):
-            is_left_out = LEFT_OUT.search(str(file)) or (file.is_dir() and not file.is_symlink())
-            if is_left_out or not (file.exists() or file.is_symlink()):
-                continue
-            place = file.relative_to("/")
-            archive.add(file, Path("usr", place) if place.parts[0] in merged else place, recursive=False)
+        for place in sorted(places):
+            file = Path("/", place)
+            if file.is_symlink() or file.is_file():
+                archive.add(file, place, recursive=False)
         for name in ("tmp", "proc", "sys", "dev", "root"):
             folder = tarfile.TarInfo(name)
             folder.type, folder.mode = tarfile.DIRTYPE, 0o1777 if name == "tmp" else 0o755

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 
@@ -144,12 +143,11 @@ def test_a_guest_that_crashes_and_one_that_hangs(image, engine, onnx_file):
 def test_stopping_leaves_nothing(number, image, engine, onnx_file):
     tag = derived(image, "hang", "RUN printf 'import time\\ntime.sleep(300)\\n' > /arm64/programs/bench.py")
     program = (
-        "import sys; from sepdeploy.cli.main import main; "
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
+        "from sepdeploy.cli.main import main\n"
         f"main(['bench', {str(onnx_file)!r}, '--target', 'docker:cortex-a72', '--image', {tag!r}])"
     )
-    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default) as process:
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 30
         while not engine.containers():
             assert process.poll() is None, process.stderr.read()
