@@ -1,195 +1,178 @@
-"""AdaRound: weights are rounded up or down so that outputs, not weights, come nearest.
+"""Adaptive rounding: weights are rounded up or down so that outputs, not weights, come nearest.
 
-Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), layer by layer, without labels. All
-layers learn side by side: each step draws some images, runs them once through the float network and once through the
-int8 network as it is rounded so far, and takes for every layer its own inputs from the one and its targets from the
-other. Nothing is stored between steps.
+The objective is that of AdaRound (Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020,
+equation 13): for each row the error d of its weights costs d' H d, H being the second moments of what the layer reads
+in the int8 network. AdaRound relaxes the choice of sides and needs some 10,000 steps of gradient descent for each
+layer; here single choices are reversed as long as one lowers the cost, the best of each row first, all rows side by
+side. Inputs are summed up in a stream, and the result does not depend on a learning rate.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812  the name that PyTorch users know
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from sepdeploy.analyze.flow_graph import WEIGHTED, attribute, capture_graph, operator
+from sepdeploy.analyze.flow_graph import WEIGHTED, capture_graph, operator
 from sepdeploy.core.int8 import Affine
+from sepdeploy.quantize.correct_biases import float_weight
 from sepdeploy.quantize.simulate import fake_quantized, weight_scales
 
 __all__ = ["round_adaptively"]
 
-_STEPS = 400
-_LEARNING_RATE = 0.1
-_REGULARIZATION = 0.3
-"""Weight of the pull towards 0 and 1 beside errors that are 1 when every weight is rounded to the nearer side."""
+_MOST_FEATURES = 2304
+"""Window features that a row of weights may read (256 channels at 3x3); larger moments would take too much memory."""
 
-_WARMUP_RATIO = 0.2
-_BETA = (20.0, 2.0)
-"""Exponent of the term that pulls towards 0 or 1, from the end of the warm-up to the last step."""
+_PASS_BYTES = 512 * 2**20
+"""Moments of so many bytes are summed up in one pass over the images."""
+
+_REVERSALS = 200
+"""Most choices of a row that are reversed."""
+
+
+_WHOLE = 1e-3
+"""A weight so close to a code, in steps, has it: scales are float32."""
 
 
 @dataclass(slots=True)
-class _Rounding:
-    """How the weight of one layer is rounded.
+class _Layer:
+    """A weight with the second moments of its inputs.
 
     Attributes:
-        weight: The parameter.
-        scale: Of each row, (O, 1, ...).
-        floor: Codes rounded down.
-        logits: What is learned: the sigmoid, stretched, is how much of the next code is taken.
+        weight: The parameter, (O, I / groups, ...).
+        groups: Of the convolution; 1 for linear layers.
+        moments: (groups, n, n) float64, n features of a row.
     """
 
     weight: Tensor
-    scale: Tensor
-    floor: Tensor
-    logits: Tensor
+    groups: int
+    moments: Tensor
 
-    def share(self) -> Tensor:
-        """Of the next code, in [0, 1]."""
-        return (torch.sigmoid(self.logits) * 1.2 - 0.1).clamp(0, 1)
-
-    def soft(self) -> Tensor:
-        """The weight as it is while it learns."""
-        return (self.floor + self.share()) * self.scale
-
-    def hard(self) -> Tensor:
-        """The weight on the grid; the largest of each row stays, and so does the scale."""
-        return (self.floor + (self.share() >= 0.5)).clamp(-127, 127) * self.scale
+    @property
+    def size_bytes(self) -> int:
+        return self.moments.numel() * self.moments.element_size()
 
 
+@torch.no_grad()
 def round_adaptively(
     network: nn.Module, example: Tensor, affines: Mapping[str, Affine], batches: Callable[[], Iterable[Tensor]]
 ) -> str:
     """Put the weights of a network on their int8 grids, in place, each on the better side.
 
+    The largest weight of each row stays, and with it the scale that exporters find.
+
+    Args:
+        network: In eval mode, batch norms folded.
+        example: One image, (1, ...).
+        affines: How activations are rounded, by the name of their place.
+        batches: Starts a pass over calibration images.
+
     Returns:
         What was done, for the user; empty if there is no weight to round.
     """
-    graph = capture_graph(network, example)
-    roundings = _roundings(graph)
-    if not roundings:
-        return ""
-    simulated = fake_quantized(graph, affines)
-    originals = {key: rounding.weight.detach().clone() for key, rounding in roundings.items()}
-    with torch.enable_grad():
-        optimizer = torch.optim.Adam([r.logits.requires_grad_() for r in roundings.values()], lr=_LEARNING_RATE)
-        errors = _Losses(simulated, roundings)
-        for step, batch in enumerate(itertools.islice(_repeated(batches), _STEPS)):
-            targets = _Targets(graph, roundings).see(batch, originals)
-            losses = errors.see(batch, targets)
-            loss = torch.stack(losses).sum() + _pull(roundings.values(), step)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    moved = total = 0
-    with torch.no_grad():
-        for key, rounding in roundings.items():
-            hard = rounding.hard()
-            nearest = torch.round(originals[key] / rounding.scale)
-            moved += int((torch.round(hard / rounding.scale) != nearest).sum())
-            total += hard.numel()
-            rounding.weight.copy_(hard)
-    return f"{len(roundings)} weights, {100 * moved / total:.1f}% of their values to the farther side"
+    graph = fake_quantized(capture_graph(network, example), affines)
+    layers = _layers(graph)
+    reversed_count = total = 0
+    for part in _parts(list(layers.values())):
+        for layer in part:
+            n = layer.weight[0].numel()
+            layer.moments = torch.zeros(layer.groups, n, n, dtype=torch.float64)
+        summing = _Moments(graph, {id(layer.weight): layer for layer in part})
+        for batch in batches():
+            summing.run(batch)
+        for layer in part:
+            reversed_count += _round(layer)
+            total += layer.weight.numel()
+            layer.moments = torch.zeros(0)
+    return (
+        f"{len(layers)} weights, {100 * reversed_count / total:.1f}% of their values to the farther side"
+        if total
+        else ""
+    )
 
 
-def _roundings(graph: GraphModule) -> dict[int, _Rounding]:
-    """By the parameter's id."""
-    found = {}
+def _layers(graph: GraphModule) -> dict[int, _Layer]:
+    """By the parameter's id, in the order of the first call."""
+    found: dict[int, _Layer] = {}
     for node in graph.graph.nodes:
-        weight = attribute(graph, node.args[1]) if operator(node) in WEIGHTED else None
-        if weight is None or id(weight) in found:
+        weight, name = float_weight(graph, node), operator(node)
+        if weight is None or name not in ("conv2d", "linear") or weight[0].numel() > _MOST_FEATURES:
             continue
-        scale = weight_scales(weight).reshape(-1, *[1] * (weight.dim() - 1))
-        codes = weight.detach() / scale
-        floor = torch.floor(codes)
-        share = ((codes - floor + 0.1) / 1.2).clamp(0.02, 0.98)
-        logits = torch.log(share / (1 - share))
-        # What has a code already keeps it: the largest of each row, on which the scale rests, above all.
-        is_whole = (codes - torch.round(codes)).abs() < 1e-4
-        floor = torch.where(is_whole, torch.round(codes), floor)
-        logits = torch.where(is_whole, torch.full_like(logits, -30.0), logits)
-        found[id(weight)] = _Rounding(weight, scale, floor, logits)
+        groups = int(node.args[6]) if name == "conv2d" and len(node.args) > 6 else 1
+        n = weight[0].numel()
+        found.setdefault(
+            id(weight), _Layer(weight, groups, torch.empty(groups, n, n, dtype=torch.float64, device="meta"))
+        )
     return found
 
 
-def _pull(roundings: Iterable[_Rounding], step: int) -> Tensor:
-    """Pulls shares to 0 or 1, more and more."""
-    progress = (step / _STEPS - _WARMUP_RATIO) / (1 - _WARMUP_RATIO)
-    if progress < 0:
-        return torch.zeros(())
-    beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 - progress)
-    terms = [(1 - (2 * r.share() - 1).abs().pow(beta)).mean() for r in roundings]
-    return _REGULARIZATION * torch.stack(terms).sum()
+def _parts(layers: list[_Layer]) -> Iterable[list[_Layer]]:
+    """Layers in runs whose moments fit into memory together."""
+    part: list[_Layer] = []
+    for layer in layers:
+        if part and sum(each.size_bytes for each in (*part, layer)) > _PASS_BYTES:
+            yield part
+            part = []
+        part.append(layer)
+    if part:
+        yield part
 
 
-def _repeated(batches: Callable[[], Iterable[Tensor]]) -> Iterator[Tensor]:
-    while True:
-        yield from batches()
+class _Moments(Interpreter):
+    """Adds up the second moments of what layers read."""
 
-
-class _Targets(Interpreter):
-    """Outputs of the float network's layers, in the order of their calls."""
-
-    def __init__(self, graph: GraphModule, roundings: Mapping[int, _Rounding]) -> None:
+    def __init__(self, graph: GraphModule, layers: Mapping[int, _Layer]) -> None:
         super().__init__(graph)
-        self._graph, self._roundings = graph, roundings
-        self._outputs: list[Tensor] = []
-
-    @torch.no_grad()
-    def see(self, batch: Tensor, originals: Mapping[int, Tensor]) -> list[Tensor]:
-        """Run a batch with the weights as they were."""
-        for key, original in originals.items():
-            self._roundings[key].weight.copy_(original)
-        self.run(batch)
-        return self._outputs
+        self._graph, self._layers = graph, layers
 
     def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if operator(n) in WEIGHTED and id(attribute(self._graph, n.args[1])) in self._roundings:
-            self._outputs.append(result)
-        return result
-
-
-class _Losses(Interpreter):
-    """Error of each layer's output with its weight as it learns, relative to that of the first batch."""
-
-    def __init__(self, graph: GraphModule, roundings: Mapping[int, _Rounding]) -> None:
-        super().__init__(graph)
-        self._graph, self._roundings = graph, roundings
-        self._targets: Iterator[Tensor] = iter(())
-        self._losses: list[Tensor] = []
-        self._first: list[Tensor] = []
-
-    def see(self, batch: Tensor, targets: list[Tensor]) -> list[Tensor]:
-        """Run a batch with the weights as they would be rounded now."""
-        self._targets, self._losses = iter(targets), []
-        with torch.no_grad():
-            for rounding in self._roundings.values():
-                rounding.weight.copy_(rounding.hard())
-            self.run(batch)
-        return self._losses
-
-    def run_node(self, n: Node) -> Any:
-        argument = n.args[1] if operator(n) in WEIGHTED else None
-        weight = None
-        if isinstance(argument, Node) and argument.op == "call_module":
-            weight = attribute(self._graph, argument.args[0])
-        rounding = self._roundings.get(id(weight))
-        if rounding is not None:
-            args = list(self.fetch_args_kwargs_from_env(n)[0])
-            target = next(self._targets)
-            result = super().run_node(n)
-            place = len(self._losses)
-            if place == len(self._first):  # the first batch, with every weight on the nearer side
-                self._first.append((result - target).square().mean().clamp_min(torch.finfo(target.dtype).tiny))
-            with torch.enable_grad():
-                args[1] = rounding.soft()
-                output = n.target(*args)  # type: ignore[operator]
-                self._losses.append((output - target).square().mean() / self._first[place])
-            return result
+        layer = self._layers.get(id(float_weight(self._graph, n))) if operator(n) in WEIGHTED else None
+        if layer is not None:
+            args = self.fetch_args_kwargs_from_env(n)[0]
+            rows = _patches(args, layer) if operator(n) == "conv2d" else args[0].reshape(1, -1, args[0].shape[-1])
+            layer.moments += (rows.mT @ rows).double()
         return super().run_node(n)
+
+
+def _patches(args: Any, layer: _Layer) -> Tensor:
+    """What each row of a convolution's weights is multiplied with, (groups, N * positions, n)."""
+    x, size = args[0], layer.weight.shape[2:]
+    stride, padding, dilation = (
+        args[place] if len(args) > place else default for place, default in ((3, [1, 1]), (4, [0, 0]), (5, [1, 1]))
+    )
+    columns = F.unfold(x, tuple(size), tuple(dilation), tuple(padding), tuple(stride))  # (N, I * taps, positions)
+    by_group = columns.reshape(len(columns), layer.groups, -1, columns.shape[2])
+    return by_group.movedim(1, 0).transpose(2, 3).flatten(1, 2)
+
+
+def _round(layer: _Layer) -> int:
+    """Round one layer; how many values went to the farther side."""
+    shape = layer.weight.shape
+    rows = layer.weight.detach().double().reshape(layer.groups, shape[0] // layer.groups, -1)
+    scale = weight_scales(layer.weight).double().reshape(layer.groups, -1, 1)
+    codes = rows / scale
+    nearest = torch.round(codes)
+    difference = codes - nearest
+    # What has a code already keeps it: the largest of each row above all, on which the scale rests.
+    steps = torch.where(difference.abs() < _WHOLE, torch.zeros_like(codes), difference.sign())
+    chosen, errors = nearest.clone(), (nearest - codes) * scale
+    slopes = errors @ layer.moments
+    curvature = layer.moments.diagonal(dim1=1, dim2=2)[:, None]
+    for _ in range(min(_REVERSALS, 2 * codes.shape[2])):
+        change = steps * scale
+        gains = torch.where(steps == 0, torch.inf, 2 * slopes * change + curvature * change.square())
+        best, place = gains.min(2, keepdim=True)
+        taken = torch.where(best < 0, steps.gather(2, place), 0.0)
+        if not bool(taken.any()):
+            break
+        chosen.scatter_add_(2, place, taken)
+        columns = layer.moments.gather(1, place.expand(-1, -1, codes.shape[2]))
+        slopes += taken * scale * columns
+        steps.scatter_(2, place, torch.where(taken != 0, -taken, steps.gather(2, place)))
+    layer.weight.copy_((chosen * scale).reshape(shape))
+    return int((chosen != nearest).sum())

@@ -330,7 +330,7 @@ class _FileMaker:
 
     def _quantize(self, source: Path, path: Path, file_format: Format, *, is_channels_last: bool) -> None:
         record = self.int8.record
-        fit, _ = range_images(self.inputs.calibration, self.options.seed)
+        fit, _ = range_images(self.inputs, self.options.seed)
 
         def images() -> Iterator[np.ndarray]:
             for batch, _ in fit.batches(1):

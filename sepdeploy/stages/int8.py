@@ -26,6 +26,7 @@ from sepdeploy.quantize.prepare import Prepared, prepare_int8
 from sepdeploy.render.format_numbers import plural
 from sepdeploy.stages.bundle import read_weights, save_weights
 from sepdeploy.stages.load import Inputs
+from sepdeploy.stages.recover import held_out_images
 from sepdeploy.version import __version__
 
 __all__ = ["RANGE_IMAGES", "Int8Network", "Int8Record", "prepare_for_int8", "prepare_network", "range_images"]
@@ -35,10 +36,6 @@ RANGE_IMAGES = 256
 
 _HELD_OUT_IMAGES = 64
 """Most images that decide between methods."""
-
-_HELD_OUT_RATIO = 0.25
-_MIN_IMAGES = 4
-"""Fewer calibration images are not split: they serve for both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +72,9 @@ class Int8Network:
     network: Callable[[], nn.Module]
 
 
-def range_images(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+def range_images(inputs: Inputs, seed: int) -> tuple[ImageSet, ImageSet]:
     """The calibration images that ranges come from and those that decide; the same where they are too few to split."""
-    if len(images) < _MIN_IMAGES:
-        return images, images
-    fit, held_out = images.split(1 - _HELD_OUT_RATIO, seed)
+    fit, held_out = held_out_images(inputs, seed)
     return fit.head(RANGE_IMAGES), held_out.head(_HELD_OUT_IMAGES)
 
 
@@ -151,7 +146,7 @@ def prepare_for_int8(
     Raises:
         UnsupportedModelError: if the network's data flow cannot be captured.
     """
-    fit, held_out = range_images(inputs.calibration, seed)
+    fit, held_out = range_images(inputs, seed)
     size = batch_size_for(traced)
     return prepare_int8(
         network,

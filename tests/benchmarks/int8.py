@@ -107,7 +107,7 @@ class Study:
             network = convert_network(original, self.trace, plan, tensor_batches(self.calibration, 64))[0]
         self.network = copy_network(network).eval()
         fold_batchnorm(self.network, {site.name: site.norm for site in self.trace.sites if site.norm})
-        self.fit, self.held_out = range_images(self.calibration, 0)
+        self.fit, self.held_out = range_images(SimpleNamespace(calibration=self.calibration), 0)
         self.folder = folder
 
     def prepared(self, column: str):

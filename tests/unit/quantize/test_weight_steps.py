@@ -8,8 +8,8 @@ from torch import nn
 
 from sepdeploy.analyze.flow_graph import capture_graph
 from sepdeploy.core.int8 import Affine
-from sepdeploy.quantize import round_adaptively as rounding
 from sepdeploy.quantize.correct_biases import correct_biases
+from sepdeploy.quantize.round_adaptively import round_adaptively
 from sepdeploy.quantize.simulate import fake_quantized, weight_scales
 
 
@@ -29,7 +29,7 @@ def images():
 def error(network, wanted, images):
     """Difference of outputs with rounded weights, activations being as good as exact, per output channel."""
     graph = capture_graph(network, images[:1])
-    coarse = fake_quantized(graph, {"input": Affine(0.01, 0)})
+    coarse = fake_quantized(graph, {"input_1": Affine(0.01, 0)})
     rounded = torch.round(images / 0.01).clamp(0, 255) * 0.01
     return (coarse(images)[0] - wanted(rounded)).detach()
 
@@ -38,7 +38,8 @@ def test_biases_take_back_the_mean_error(network, images):
     before = copy.deepcopy(network)
     shift = error(network, before, images).mean((0, 2, 3))
     assert (
-        correct_biases(network, images[:1], {"input": Affine(0.01, 0)}, lambda: [images[:8], images[8:]]) == "1 biases"
+        correct_biases(network, images[:1], {"input_1": Affine(0.01, 0)}, lambda: [images[:8], images[8:]])
+        == "1 biases"
     )
     after = error(network, before, images).mean((0, 2, 3))
     assert after.abs().max() < 0.05 * shift.abs().max()
@@ -47,14 +48,13 @@ def test_biases_take_back_the_mean_error(network, images):
 
 def test_a_network_without_biases_is_left_alone(images):
     network = nn.Sequential(nn.Conv2d(32, 8, 1, bias=False)).eval()
-    assert correct_biases(network, images[:1], {"input": Affine(0.01, 0)}, lambda: [images]) == ""
+    assert correct_biases(network, images[:1], {"input_1": Affine(0.01, 0)}, lambda: [images]) == ""
 
 
-def test_weights_go_to_the_side_that_keeps_the_output(network, images, monkeypatch):
-    monkeypatch.setattr(rounding, "_STEPS", 300)
+def test_weights_go_to_the_side_that_keeps_the_output(network, images):
     before = copy.deepcopy(network)
     nearest = error(network, before, images).square().mean()
-    detail = rounding.round_adaptively(network, images[:1], {"input": Affine(0.01, 0)}, lambda: [images])
+    detail = round_adaptively(network, images[:1], {"input_1": Affine(0.01, 0)}, lambda: [images])
     assert detail.startswith("1 weights, ")
     assert error(network, before, images).square().mean() < 0.25 * nearest
     # On the grid that the exporters find again: the largest weight of each row is where it was.
