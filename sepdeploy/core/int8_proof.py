@@ -198,6 +198,7 @@ class Int8Proof:
         layers: Signal-to-noise ratio at each convolution and matrix product, in the order of the file.
         images: Calibration images behind `layers`.
         is_held_out: Whether those had no part in the ranges.
+        note: What could not be found out, and why; empty if nothing.
 
     Raises:
         ContractError: if the operators do not add up.
@@ -209,6 +210,7 @@ class Int8Proof:
     layers: tuple[LayerSqnr, ...] = ()
     images: int = 0
     is_held_out: bool = False
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.int8_macs + sum(layer.macs for layer in self.float_layers) != self.macs:

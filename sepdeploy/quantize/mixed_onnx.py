@@ -110,7 +110,7 @@ class _Mixer:
         """Put operators without weights in float that only operators in float read."""
         for node in reversed(list(self.graph.node)):
             known = self._float_nodes.get(node.name)
-            is_other = node.op_type not in {*ONNX_LAYERS, *_CONVERSIONS, *_ACTIVATIONS}
+            is_other = node.op_type not in {*ONNX_LAYERS, *_CONVERSIONS}
             if known is None or not is_other or len(node.output) != 1:
                 continue
             names = self._reading(node.output[0])

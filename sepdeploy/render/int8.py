@@ -39,6 +39,7 @@ def int8_table(report: Report) -> Table:
         proof = result.int8
         if proof is not None:
             weakest = [f"{layer.name} {sqnr_text(layer)}" for layer in proof.weakest[:_SHOWN]]
+            weakest += [proof.note] if proof.note else []
             floats = _float_texts(proof, result.float_ops)
             add_row(table, result.artifact.path, share_text(proof), _lines(floats), _lines(weakest))
     return table
@@ -61,7 +62,9 @@ def _lines(texts: Sequence[str]) -> str:
 
 
 def share_text(proof: Int8Proof) -> str:
-    """The share in percent, rounded down: 100.00 is all."""
+    """The share in percent, rounded down: 100.00 is all; unknown where it could not be found out."""
+    if proof.note and not proof.macs:
+        return NONE
     return f"{math.floor(10_000 * proof.ratio) / 100:.2f}"
 
 
@@ -82,7 +85,7 @@ def sqnr_text(layer: LayerSqnr) -> str:
 
 def int8_caption(report: Report) -> str:
     """Where the numbers come from."""
-    proofs = [result.int8 for result in report.artifacts if result.int8 is not None]
+    proofs = [result.int8 for result in report.artifacts if result.int8 is not None and result.int8.images]
     if not proofs:
         return ""
     images = plural(proofs[0].images, "calibration image")

@@ -13,6 +13,7 @@ from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.int8_proof import Int8Proof
 from sepdeploy.core.progress import Progress
+from sepdeploy.core.quiet import error_summary
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.data.images import ImageSet
 from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
@@ -72,13 +73,16 @@ def prove_int8(
             for batch, _ in images.batches(1):
                 yield np.ascontiguousarray(batch.transpose(0, 2, 3, 1) if artifact.is_channels_last else batch)
 
-        if artifact.format is Format.ONNX:
-            proof = int8_share_of_onnx(Path(artifact.path))
-            layers = layer_sqnr_of_onnx(source, Path(artifact.path), as_file_takes())
-        else:
-            proof = int8_share_of_tflite(Path(artifact.path))
-            layers = layer_sqnr_of_tflite(source, Path(artifact.path), as_file_takes())
-        write_json(path, replace(proof, layers=layers, images=len(images), is_held_out=is_held_out))
+        is_onnx, file = artifact.format is Format.ONNX, Path(artifact.path)
+        proof = Int8Proof(0, 0, ())
+        try:
+            proof = int8_share_of_onnx(file) if is_onnx else int8_share_of_tflite(file)
+            layers = (layer_sqnr_of_onnx if is_onnx else layer_sqnr_of_tflite)(source, file, as_file_takes())
+            proof = replace(proof, layers=layers, images=len(images), is_held_out=is_held_out)
+        except Exception as error:  # whatever a network brings: the files are made, and stay without this proof
+            what = "how much noise its layers add" if proof.macs else "what it computes in int8"
+            proof = replace(proof, note=f"{what} could not be found out: {error_summary(error)}")
+        write_json(path, proof)
 
     store.run(f"int8 {name}", key, (path,), make)
     return read_json(Int8Proof, path)

@@ -17,6 +17,7 @@ from sepdeploy import pipeline
 from sepdeploy.cli.main import run
 from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.core.report import Drops
 from sepdeploy.core.training import ReconstructOptions, TrainOptions
 from sepdeploy.errors import UsageError
 from sepdeploy.stages.bundle import read_weights
@@ -198,7 +199,7 @@ def test_a_promise_that_recovery_does_not_keep_is_tried_without(options, tmp_pat
 
     monkeypatch.setattr(pipeline, "run_guard", watched_guard)
     monkeypatch.setattr("sepdeploy.train.reconstruct.reconstruct", counted)
-    monkeypatch.setattr(pipeline, "_file_drop", lambda *_: drop)
+    monkeypatch.setattr(pipeline, "_drops", lambda *_: Drops(file=drop, network=drop, original_file=0.0))
     last = sepdeploy.convert(replace(options, output=tmp_path / "out"))
     given_up = attempts.index(60)
     assert attempts[0] == 63

@@ -13,7 +13,7 @@ import sepdeploy
 from sepdeploy import pipeline
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.plan import Reason
-from sepdeploy.core.report import Report
+from sepdeploy.core.report import Drops, Report
 from sepdeploy.data.images import open_images
 from sepdeploy.errors import UnsupportedModelError
 
@@ -158,7 +158,7 @@ def test_a_repeated_run_starts_at_the_limit_that_the_first_ended_with(workplace,
         "Classifier", calibration=images, validation=images, max_drop_points=60.0, output=tmp_path / "out"
     )
     limits = iter([59.0, 58.0])
-    monkeypatch.setattr(pipeline, "_file_drop", lambda *_: 61.0)
+    monkeypatch.setattr(pipeline, "_drops", lambda *_: Drops(file=61.0, network=61.0, original_file=0.0))
     monkeypatch.setattr(
         pipeline,
         "next_attempt",
