@@ -72,24 +72,32 @@ class CycleModel:
             assembly = _disassembled({word for block in some for word in _words_of(block)})
             listings = [[assembly.get(word) for word in _words_of(block)] for block in some]
             self._known.update(dict.fromkeys(some))
-            sound = [place for place, lines in enumerate(listings) if all(lines)]
-            text = "".join(
-                f"# LLVM-MCA-BEGIN b{place}\n{chr(10).join(map(str, listings[place]))}\n# LLVM-MCA-END b{place}\n"
-                for place in sound
+            self._known |= self._modelled(
+                {block: "\n".join(map(str, lines)) for block, lines in zip(some, listings, strict=True) if all(lines)}
             )
-            for place, cycles in self._modelled(text).items():
-                self._known[some[place]] = cycles
 
-    def _modelled(self, text: str) -> dict[int, float]:
-        """Number of a region -> cycles of one run through it."""
-        if not text:
+    def _modelled(self, assembly: Mapping[str, str]) -> dict[str, float | None]:
+        """Block -> cycles of one run through it, from the assembly of each; None where llvm-mca has no model."""
+        if not assembly:
             return {}
+        blocks = list(assembly)
+        text = "".join(
+            f"# LLVM-MCA-BEGIN b{place}\n{assembly[block]}\n# LLVM-MCA-END b{place}\n"
+            for place, block in enumerate(blocks)
+        )
         views = ("--instruction-info=false", "--resource-pressure=false", "--call-latency=1")
         skip = "--skip-unsupported-instructions=lack-sched"
         command = ["llvm-mca-19", *_TARGET, f"-mcpu={self._cpu}", f"-iterations={_ITERATIONS}", *views, skip]
-        output = _output_of(command, text)
-        pattern = r"Code Region - b(\d+)\s+Iterations:\s+(\d+)\s+Instructions:\s+\d+\s+Total Cycles:\s+(\d+)"
-        return {int(m[1]): int(m[3]) / int(m[2]) for m in re.finditer(pattern, output)}
+        done = _run(command, text)
+        if done.returncode == 0:
+            pattern = r"Code Region - b(\d+)\s+Iterations:\s+(\d+)\s+Instructions:\s+\d+\s+Total Cycles:\s+(\d+)"
+            return {blocks[int(m[1])]: int(m[3]) / int(m[2]) for m in re.finditer(pattern, done.stdout)}
+        if len(blocks) == 1:
+            return {blocks[0]: None}
+        # One block of which nothing can be modelled ends it for all: it is found by halves.
+        halves = (blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :])
+        first, second = (self._modelled({block: assembly[block] for block in half}) for half in halves)
+        return first | second
 
 
 def _words_of(block: str) -> Iterable[str]:
@@ -110,14 +118,6 @@ def _disassembled(words: set[str]) -> dict[str, str]:
     if len(assembly) != len(known):
         raise ToolError(f"llvm-mc gave {len(assembly)} lines for {len(known)} instructions", stderr=done.stderr)
     return dict(zip(known, assembly, strict=True))
-
-
-def _output_of(command: Sequence[str], text: str) -> str:
-    done = _run(command, text)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise ToolError(f"{command[0]} fails: {lines[0] if lines else done.returncode}", stderr=done.stderr)
-    return done.stdout
 
 
 def _run(command: Sequence[str], text: str) -> subprocess.CompletedProcess[str]:

@@ -72,8 +72,7 @@ def require_tools() -> None:
     if missing:
         packages = " ".join(dict.fromkeys(TOOLS[tool] for tool in missing))
         raise ToolError(
-            f"Arm cores are emulated with {', '.join(missing)}, not found here: apt-get install {packages} "
-            "(Debian 12; llvm-19 is in bookworm-backports where it is not in bookworm)"
+            f"Arm cores are emulated with {', '.join(missing)}, not found here: apt-get install {packages} (Debian 12)"
         )
 
 

@@ -13,7 +13,6 @@ from sepdeploy.bench.arm_cores import ARM_CORES, find_core
 from sepdeploy.bench.arm_counts import count_files, counts_of, require_counts
 from sepdeploy.bench.arm_cycles import CycleModel
 from sepdeploy.bench.arm_guest import Block, GuestFile, Region
-from sepdeploy.bench.arm_layers import count_layers
 from sepdeploy.bench.arm_numerics import output_difference
 from sepdeploy.bench.arm_root import missing_tools
 from sepdeploy.bench.prefixes import Prefix, write_prefixes
@@ -76,17 +75,6 @@ def test_another_run_counts_the_same_and_another_core_something_else(a72_counts,
 
 
 @emulated
-def test_layers_sum_to_the_whole(int8_tflite_file: Path) -> None:
-    whole, layers = count_layers(A72, int8_tflite_file, Silent())
-    assert len(layers) > 2
-    assert sum(layer.instructions for layer in layers) == whole.instructions
-    assert sum(layer.kcycles_high for layer in layers) == pytest.approx(whole.kcycles_high)
-    (conv,) = (layer for layer in layers if layer.name.startswith("CONV_2D"))
-    assert conv.macs >= CONV_MACS
-    assert conv.macs == max(layer.macs for layer in layers)
-
-
-@emulated
 @pytest.mark.parametrize("core", ARM_CORES)
 def test_outputs_are_those_of_this_machine(
     core: str, onnx_file: Path, int8_onnx_file: Path, tflite_file: Path, int8_tflite_file: Path
@@ -98,12 +86,20 @@ def test_outputs_are_those_of_this_machine(
 
 @emulated
 def test_bench_command_on_a_core(int8_tflite_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.run(["bench", str(int8_tflite_file), "--target", "cortex-a53", "--per-layer", "--json"]) == 0
+    arguments = ["--target", "cortex-a53", "--per-layer", "--no-check", "--json"]
+    assert main.run(["bench", str(int8_tflite_file), *arguments]) == 0
     ((path, data),) = json.loads(capsys.readouterr().out).items()
     assert path == str(int8_tflite_file)
     assert (data["core"], data["method"]) == ("Cortex-A53", Method.EMULATED_COUNT.value)
     assert data["modelled_ms_low"] == pytest.approx(data["kcycles_low"] / 1.4e3)
-    assert sum(layer["instructions"] for layer in data["layers"]) == pytest.approx(data["instructions"], rel=0.005)
+    layers = data["layers"]
+    assert len(layers) > 2
+    # Two runs of a file of 20,000 instructions, of which some hundred are Python's and the allocator's.
+    assert sum(layer["instructions"] for layer in layers) == pytest.approx(data["instructions"], rel=0.03)
+    assert sum(layer["kcycles_high"] for layer in layers) == pytest.approx(data["kcycles_high"], rel=0.05)
+    (conv,) = (layer for layer in layers if layer["name"].startswith("CONV_2D"))
+    assert conv["macs"] == max(layer["macs"] for layer in layers)
+    assert conv["macs"] >= CONV_MACS
 
 
 @pytest.mark.parametrize(
@@ -112,7 +108,6 @@ def test_bench_command_on_a_core(int8_tflite_file: Path, capsys: pytest.CaptureF
         (["--per-layer"], "--per-layer counts on an Arm core: give --target"),
         (["--target", "cortex-a72", "--threads", "2"], "models one core: --threads must be 1, got 2"),
         (["--target", "cortex-a99"], "is not one of 'ort'"),
-        (["--target", "ort"], "runs onnx files"),
     ],
 )
 def test_bench_command_refuses(arguments, sentence, tflite_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
