@@ -19,7 +19,17 @@ from sepdeploy.bench.arm_root import arm64_files, find_plugin, find_root
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError
 
-__all__ = ["Block", "GuestFile", "GuestPlace", "Launched", "Region", "guest_arguments", "guest_environment", "parse_counts", "run_guest"]
+__all__ = [
+    "Block",
+    "GuestFile",
+    "GuestPlace",
+    "Launched",
+    "Region",
+    "guest_arguments",
+    "guest_environment",
+    "parse_counts",
+    "run_guest",
+]
 
 _STILL_SECONDS = 900.0
 """A guest that finishes no file for so long hangs: an inference of 10 billion instructions takes about two minutes."""
@@ -245,7 +255,12 @@ def _emulator_here(core: ArmCore, progress: Progress) -> GuestPlace:
 
 
 def _run_once(
-    place: GuestPlace, options: Sequence[str], paths: Sequence[Path], first: int, progress: Progress, still_seconds: float
+    place: GuestPlace,
+    options: Sequence[str],
+    paths: Sequence[Path],
+    first: int,
+    progress: Progress,
+    still_seconds: float,
 ) -> list[GuestFile]:
     """Results of the files from the first on, up to one that ends the process."""
     with tempfile.TemporaryDirectory(prefix="sepdeploy-arm-") as folder:
