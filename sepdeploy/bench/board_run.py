@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 from sepdeploy.bench.board_agent import JOB_FILE
 from sepdeploy.bench.board_connection import Connection
 from sepdeploy.bench.outside_programs import last_line
+from sepdeploy.bench.self_contained import self_contained
+from sepdeploy.core.files import sha256_of_file
 from sepdeploy.errors import ContractError, SepdeployError, ToolError, UsageError
 
 __all__ = [
@@ -145,6 +148,7 @@ class BoardReply:
         emulator: What the board is emulated by; None if nothing says that it is.
         environment: Fields of an `Environment` without the runtime.
         conditions: What else bears on times, as phrases.
+        sent_sha256: Hashes of the files as they were sent.
         outcome: As JSON: of 'latencies' and 'differences' one item per file, of 'describe' the runtimes by suffix.
     """
 
@@ -153,6 +157,7 @@ class BoardReply:
     emulator: str | None
     environment: Mapping[str, Any]
     conditions: tuple[str, ...]
+    sent_sha256: tuple[str, ...]
     outcome: Any
 
 
@@ -174,18 +179,24 @@ def run_on_board(board: Board, work: Work, options: BoardOptions) -> BoardReply:
         UsageError: if a file is missing, or the board's runtime cannot load it.
         ToolError: if the board cannot be reached, lacks something, is emulated, or the job fails there.
     """
-    files = _files(work, options)
+    with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder:
+        return _run(board, work, options, Path(folder))
+
+
+def _run(board: Board, work: Work, options: BoardOptions, folder: Path) -> BoardReply:
+    files = _files(work, options, folder)
     names = {model_name(place, model.path): str(model.path) for place, model in enumerate(work.models)}
     size = sum(len(data) if isinstance(data, bytes) else data.stat().st_size for data in files.values())
     limit_seconds = _CONNECTION_SECONDS + options.limit_seconds + size / _SLOWEST_BYTES_PER_SECOND
     with Connection(board.command(), limit_seconds) as connection:
         connection.send(_sent(files, options))
         events = list(connection.events())
-    return _reply(board, events, connection, names, options)
+    sent = tuple(sha256_of_file(data) for name, data in files.items() if name in names and isinstance(data, Path))
+    return _reply(board, events, connection, names, sent, options)
 
 
-def _files(work: Work, options: BoardOptions) -> dict[str, bytes | Path]:
-    """What is sent: name there -> content."""
+def _files(work: Work, options: BoardOptions, folder: Path) -> dict[str, bytes | Path]:
+    """What is sent: name there -> content; what has to be made for it goes into `folder`."""
     job = {
         "work": work.kind,
         "models": [[model_name(i, model.path), model.is_channels_last] for i, model in enumerate(work.models)],
@@ -196,10 +207,13 @@ def _files(work: Work, options: BoardOptions) -> dict[str, bytes | Path]:
     }
     files: dict[str, bytes | Path] = {f"wheel-{i}.whl": path for i, path in enumerate(options.wheels)}
     files |= {_PROGRAM_FILE: _program(), JOB_FILE: json.dumps(job).encode()}
-    files |= {model_name(i, model.path): model.path for i, model in enumerate(work.models)}
-    for content in files.values():
-        if isinstance(content, Path) and not content.is_file():
-            raise UsageError(f"{content} does not exist or is not a file")
+    for path in (*options.wheels, *(model.path for model in work.models)):
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist or is not a file")
+    for i, model in enumerate(work.models):
+        own = folder / str(i)
+        own.mkdir()
+        files[model_name(i, model.path)] = self_contained(model.path, own)
     return files
 
 
@@ -250,6 +264,7 @@ def _reply(
     events: Sequence[dict[str, Any]],
     connection: Connection,
     names: Mapping[str, str],
+    sent: tuple[str, ...],
     options: BoardOptions,
 ) -> BoardReply:
     """The result among `events`, or the error that they amount to."""
@@ -275,6 +290,7 @@ def _reply(
         emulator=result["emulator"],
         environment=result["environment"],
         conditions=tuple(result["conditions"]),
+        sent_sha256=sent,
         outcome=result["outcome"],
     )
 

@@ -15,6 +15,7 @@ from sepdeploy.bench.board_files import time_files_on_board
 from sepdeploy.bench.board_run import BoardOptions, Model
 from sepdeploy.bench.docker_container import DockerBoard, named_container
 from sepdeploy.bench.docker_engine import diagnosis, require_docker
+from sepdeploy.bench.self_contained import self_contained
 from sepdeploy.core.measurement import Counts, Latency
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError, UsageError
@@ -59,7 +60,7 @@ def docker_place(core: ArmCore, image: str, limit_seconds: float) -> GuestPlace:
             names = []
             for place, path in enumerate(paths):
                 copy = models / f"{place}{path.suffix.lower()}"
-                shutil.copyfile(path, copy)
+                shutil.copyfile(self_contained(path, Path(folder)), copy)
                 copy.chmod(0o644)
                 names.append(f"/models/{copy.name}")
             command = container.command(
