@@ -10,8 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-_NOTHING = 2  # regions around nothing, which bench.py marks first for each file
-
 
 def main(core, printed, counts):
     """Print the summary."""
@@ -32,7 +30,8 @@ def main(core, printed, counts):
             summary["error"] = report["error"]
         else:
             summary["runtime"] = report["runtime"]
-            totals = [counted(each, own[_NOTHING - 1], blocks, report["burst"]) for each in own[_NOTHING:]]
+            nothing = 2 * report["warmup"]  # the region around nothing right before those that count
+            totals = [counted(each, own[nothing], blocks, report["burst"]) for each in own[nothing + 1 :]]
             summary.update(middle_of(totals))
         print(json.dumps(summary))
 

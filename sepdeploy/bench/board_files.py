@@ -37,13 +37,16 @@ def time_files_on_board(
     reply = run_on_board(board, work, options)
     if reply.emulator is not None:  # whatever `options` allow
         raise emulated_error(board.name, reply.emulator)
-    return [_latency(board, model, data, reply.conditions) for model, data in zip(models, reply.outcome, strict=True)]
+    replies = zip(models, reply.outcome, reply.sent_sha256, strict=True)
+    return [_latency(board, model, data, sent, reply.conditions) for model, data, sent in replies]
 
 
-def _latency(board: Board, model: Model, data: Mapping[str, Any], conditions: tuple[str, ...]) -> Latency:
+def _latency(
+    board: Board, model: Model, data: Mapping[str, Any], sent_sha256: str, conditions: tuple[str, ...]
+) -> Latency:
     """The latency that the board reports for a file, with where it comes from."""
     latency = from_json(Latency, json.dumps(data), name=f"the reply of {board.name}")
-    if latency.artifact_sha256 != sha256_of_file(model.path):
-        raise ToolError(f"{model.path} changed while it was timed on {board.name}; run it again")
+    if latency.artifact_sha256 != sent_sha256:
+        raise ToolError(f"{model.path} changed on its way to {board.name}; run it again")
     environment = replace(latency.environment, conditions=(f"on {board.name}", *conditions))
-    return replace(latency, environment=environment)
+    return replace(latency, environment=environment, artifact_sha256=sha256_of_file(model.path))

@@ -9,18 +9,18 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import subprocess
-import threading
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from sepdeploy.bench.board_agent import JOB_FILE
-from sepdeploy.bench.board_boot import MAGIC
-from sepdeploy.bench.outside_programs import end_group, last_line
+from sepdeploy.bench.board_connection import Connection
+from sepdeploy.bench.outside_programs import last_line
+from sepdeploy.bench.self_contained import self_contained
+from sepdeploy.core.files import sha256_of_file
 from sepdeploy.errors import ContractError, SepdeployError, ToolError, UsageError
 
 __all__ = [
@@ -64,7 +64,6 @@ _MAIN = "from sepdeploy.bench.board_agent import main\n\nmain()\n"
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 _CONNECTION_SECONDS = 60.0
 _SLOWEST_BYTES_PER_SECOND = 100_000
-_KEPT_ERRORS = 64 * 1024
 
 _RUNTIMES = ("numpy", "onnxruntime", "ai-edge-litert")
 
@@ -149,6 +148,7 @@ class BoardReply:
         emulator: What the board is emulated by; None if nothing says that it is.
         environment: Fields of an `Environment` without the runtime.
         conditions: What else bears on times, as phrases.
+        sent_sha256: Hashes of the files as they were sent.
         outcome: As JSON: of 'latencies' and 'differences' one item per file, of 'describe' the runtimes by suffix.
     """
 
@@ -157,6 +157,7 @@ class BoardReply:
     emulator: str | None
     environment: Mapping[str, Any]
     conditions: tuple[str, ...]
+    sent_sha256: tuple[str, ...]
     outcome: Any
 
 
@@ -178,18 +179,24 @@ def run_on_board(board: Board, work: Work, options: BoardOptions) -> BoardReply:
         UsageError: if a file is missing, or the board's runtime cannot load it.
         ToolError: if the board cannot be reached, lacks something, is emulated, or the job fails there.
     """
-    files = _files(work, options)
+    with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder:
+        return _run(board, work, options, Path(folder))
+
+
+def _run(board: Board, work: Work, options: BoardOptions, folder: Path) -> BoardReply:
+    files = _files(work, options, folder)
     names = {model_name(place, model.path): str(model.path) for place, model in enumerate(work.models)}
     size = sum(len(data) if isinstance(data, bytes) else data.stat().st_size for data in files.values())
     limit_seconds = _CONNECTION_SECONDS + options.limit_seconds + size / _SLOWEST_BYTES_PER_SECOND
-    with _Connection(board, limit_seconds) as connection:
+    with Connection(board.command(), limit_seconds) as connection:
         connection.send(_sent(files, options))
         events = list(connection.events())
-    return _reply(board, events, connection, names, options)
+    sent = tuple(sha256_of_file(data) for name, data in files.items() if name in names and isinstance(data, Path))
+    return _reply(board, events, connection, names, sent, options)
 
 
-def _files(work: Work, options: BoardOptions) -> dict[str, bytes | Path]:
-    """What is sent: name there -> content."""
+def _files(work: Work, options: BoardOptions, folder: Path) -> dict[str, bytes | Path]:
+    """What is sent: name there -> content; what has to be made for it goes into `folder`."""
     job = {
         "work": work.kind,
         "models": [[model_name(i, model.path), model.is_channels_last] for i, model in enumerate(work.models)],
@@ -200,10 +207,13 @@ def _files(work: Work, options: BoardOptions) -> dict[str, bytes | Path]:
     }
     files: dict[str, bytes | Path] = {f"wheel-{i}.whl": path for i, path in enumerate(options.wheels)}
     files |= {_PROGRAM_FILE: _program(), JOB_FILE: json.dumps(job).encode()}
-    files |= {model_name(i, model.path): model.path for i, model in enumerate(work.models)}
-    for content in files.values():
-        if isinstance(content, Path) and not content.is_file():
-            raise UsageError(f"{content} does not exist or is not a file")
+    for path in (*options.wheels, *(model.path for model in work.models)):
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist or is not a file")
+    for i, model in enumerate(work.models):
+        own = folder / str(i)
+        own.mkdir()
+        files[model_name(i, model.path)] = self_contained(model.path, own)
     return files
 
 
@@ -249,109 +259,12 @@ def _sent(files: Mapping[str, bytes | Path], options: BoardOptions) -> Iterator[
                     yield block
 
 
-@dataclass
-class _Connection:
-    """The process that reaches the board; leaving the block ends it, and with it what runs on the board."""
-
-    board: Board
-    limit_seconds: float
-    code: int = 0
-    errors: str = ""
-    is_overdue: bool = False
-    _process: subprocess.Popen[bytes] | None = None
-    _threads: list[threading.Thread] = field(default_factory=list)
-    _timer: threading.Timer | None = None
-
-    def __enter__(self) -> _Connection:
-        command = self.board.command()
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise ToolError(
-                f"{command[0]} cannot be started: {error.strerror or error}; see sepdeploy doctor"
-            ) from error
-        self._timer = threading.Timer(self.limit_seconds, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
-        self._start(self._collect_errors, _stream(self._process.stderr))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._process is not None:
-            end_group(self._process)
-
-    def send(self, pieces: Iterator[bytes]) -> None:
-        """Begin to write to the board; its standard input stays open until the end."""
-
-        def write(stream: IO[bytes]) -> None:
-            with suppress(OSError, ValueError):  # it has ended: what it said tells why
-                for piece in pieces:
-                    stream.write(piece)
-                stream.flush()
-
-        self._start(write, _stream(self._process.stdin if self._process else None))
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """What the board says, line by line; whatever a login script says before is passed over."""
-        process = self._process
-        if process is None:
-            raise ContractError("the connection is not open")
-        has_begun = False
-        for line in _stream(process.stdout):
-            event = _parsed(line)
-            has_begun |= event is not None and event.get("magic") == MAGIC
-            if has_begun and event is not None:
-                yield event
-                if event["event"] == "end":
-                    break
-        with suppress(OSError):
-            _stream(process.stdin).close()
-        self.code = process.wait()
-        self._threads[0].join(timeout=5)
-
-    def _start(self, function: Callable[[IO[bytes]], None], stream: IO[bytes]) -> None:
-        thread = threading.Thread(target=function, args=(stream,), daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _collect_errors(self, stream: IO[bytes]) -> None:
-        with suppress(OSError, ValueError):
-            for line in stream:
-                self.errors = (self.errors + line.decode(errors="replace"))[-_KEPT_ERRORS:]
-
-    def _expire(self) -> None:
-        self.is_overdue = True
-        if self._process is not None:
-            self._process.kill()
-
-
-def _stream(stream: IO[bytes] | None) -> IO[bytes]:
-    if stream is None:
-        raise ContractError("the process was started without pipes")
-    return stream
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
-
-
 def _reply(
     board: Board,
     events: Sequence[dict[str, Any]],
-    connection: _Connection,
+    connection: Connection,
     names: Mapping[str, str],
+    sent: tuple[str, ...],
     options: BoardOptions,
 ) -> BoardReply:
     """The result among `events`, or the error that they amount to."""
@@ -377,6 +290,7 @@ def _reply(
         emulator=result["emulator"],
         environment=result["environment"],
         conditions=tuple(result["conditions"]),
+        sent_sha256=sent,
         outcome=result["outcome"],
     )
 

@@ -20,7 +20,6 @@ __all__ = [
     "build_command",
     "diagnosis",
     "docker",
-    "docker_error",
     "docker_needs",
     "image_need",
     "require_docker",
@@ -48,14 +47,6 @@ def docker(arguments: Sequence[str], *, purpose: str, limit_seconds: float | Non
         raise ToolError(f"{purpose}: docker is not installed; sepdeploy doctor docker says how to install it")
     limit = _ANSWER_SECONDS if limit_seconds is None else limit_seconds
     return run_program([path, *arguments], limit_seconds=limit, purpose=purpose)
-
-
-def docker_error(finished: Finished, purpose: str) -> ToolError:
-    """What a docker command failed with, as one sentence with the next step."""
-    message = finished.errors.strip() or finished.output
-    problem, fix = diagnosis(message)
-    advice = f"; {fix}" if fix else ""
-    return ToolError(f"{purpose}: {problem}{advice}", stderr=message)
 
 
 def docker_needs(image: str = DEFAULT_IMAGE) -> tuple[Need, ...]:

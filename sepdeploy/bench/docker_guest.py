@@ -15,6 +15,8 @@ from sepdeploy.bench.board_files import time_files_on_board
 from sepdeploy.bench.board_run import BoardOptions, Model
 from sepdeploy.bench.docker_container import DockerBoard, named_container
 from sepdeploy.bench.docker_engine import diagnosis, require_docker
+from sepdeploy.bench.outside_programs import last_line
+from sepdeploy.bench.self_contained import self_contained
 from sepdeploy.core.measurement import Counts, Latency
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError, UsageError
@@ -23,6 +25,8 @@ __all__ = ["core_of_target", "count_in_docker", "docker_place", "time_in_docker"
 
 _SCHEME = "docker:"
 _ENGINE_FAILED = "docker: "
+_IMAGE_FAILED = "the image has no "
+"""How messages begin, of the client and of the image's entry point."""
 
 
 def core_of_target(target: str) -> ArmCore | None:
@@ -59,7 +63,7 @@ def docker_place(core: ArmCore, image: str, limit_seconds: float) -> GuestPlace:
             names = []
             for place, path in enumerate(paths):
                 copy = models / f"{place}{path.suffix.lower()}"
-                shutil.copyfile(path, copy)
+                shutil.copyfile(self_contained(path, Path(folder)), copy)
                 copy.chmod(0o644)
                 names.append(f"/models/{copy.name}")
             command = container.command(
@@ -96,6 +100,8 @@ def count_in_docker(
     try:
         return compare_counts(core, paths, progress, seed=seed, place=docker_place(core, image, limit_seconds))
     except ToolError as error:
+        if _IMAGE_FAILED in error.stderr:
+            raise ToolError(f"{image}: {last_line(error.stderr)}", stderr=error.stderr) from error
         if _ENGINE_FAILED not in error.stderr:
             raise
         problem, fix = diagnosis(error.stderr, image)

@@ -107,7 +107,7 @@ def test_bench_command_on_a_core(int8_tflite_file: Path, capsys: pytest.CaptureF
     [
         (["--per-layer"], "--per-layer counts on an Arm core: give --target"),
         (["--target", "cortex-a72", "--threads", "2"], "models one core: --threads must be 1, got 2"),
-        (["--target", "cortex-a99"], "is not one of 'ort'"),
+        (["--target", "cortex-a99"], "there is no target 'cortex-a99'; choose one of ort"),
     ],
 )
 def test_bench_command_refuses(arguments, sentence, tflite_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

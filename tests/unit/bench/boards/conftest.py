@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +66,9 @@ class SshServer:
         """Command lines of processes that run in the board's folder for temporary files."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
-            try:
-                place = str((process / "cwd").readlink())
-            except OSError:
-                continue
-            if place.startswith(str(self.boards[name])):
-                found.append((process / "cmdline").read_text())
+            with suppress(OSError):  # it has just ended, or is another user's
+                if str((process / "cwd").readlink()).startswith(str(self.boards[name])):
+                    found.append((process / "cmdline").read_text())
         return found
 
 

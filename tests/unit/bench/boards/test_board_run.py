@@ -11,12 +11,14 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from sepdeploy.bench import board_run
 from sepdeploy.bench.board_files import time_files_on_board
 from sepdeploy.bench.board_run import PYTHON_PROGRAM, BoardOptions, Model, Work, run_on_board
+from sepdeploy.core.files import sha256_of_file
 from sepdeploy.errors import ToolError, UsageError
 
 
@@ -91,6 +93,16 @@ def test_wheels_are_unpacked_for_the_program(here, tmp_path, onnx_file):
     assert list(board.folder.iterdir()) == []
 
 
+def test_weights_in_other_files_are_sent_too(here, onnx_file, tmp_path):
+    path = tmp_path / "split.onnx"
+    onnx.save(onnx.load(onnx_file), path, save_as_external_data=True, location="its weights", size_threshold=0)
+    (latency,) = time_files_on_board(here, [Model(path)], threads=1, seconds=0.01, seed=0, options=BoardOptions())
+    assert latency.artifact_sha256 == sha256_of_file(path)
+    (tmp_path / "its weights").unlink()
+    with pytest.raises(UsageError, match=r"the weights that .*split.onnx keeps in other files cannot be put into it"):
+        run_on_board(here, Work("latencies", (Model(path),)), BoardOptions())
+
+
 def test_the_home_folder_is_not_where_modules_come_from(tmp_path, onnx_file):
     for name in ("json.py", "numpy.py", "tempfile.py"):
         (tmp_path / name).write_text("raise SystemExit('imported from the home folder')")
@@ -100,7 +112,7 @@ def test_the_home_folder_is_not_where_modules_come_from(tmp_path, onnx_file):
 
 def test_an_emulated_board_gives_no_times(here, onnx_file, monkeypatch):
     def reply(*_):
-        return board_run.BoardReply((3, 11), "aarch64", "qemu-aarch64 on x86", {}, (), [{}])
+        return board_run.BoardReply((3, 11), "aarch64", "qemu-aarch64 on x86", {}, (), ("",), [{}])
 
     monkeypatch.setattr("sepdeploy.bench.board_files.run_on_board", reply)
     with pytest.raises(ToolError, match=r"runs under emulation .*say nothing about any processor"):
