@@ -30,8 +30,9 @@ _IMAGES = 32
 
 def held_out_images(inputs: Inputs, seed: int) -> tuple[ImageSet, bool]:
     """Calibration images that no range comes from, and whether they are that: with too few, any are taken."""
-    fit, held_out = range_images(inputs.calibration, seed)
-    return held_out.head(_IMAGES), held_out is not fit
+    fit, held_out = range_images(inputs, seed)
+    images = held_out.head(_IMAGES)
+    return images, len(images.without(fit)) == len(images)
 
 
 def prove_int8(
