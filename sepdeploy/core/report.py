@@ -107,6 +107,8 @@ class ArtifactResult:
         float_ops: For int8 files: operators that still compute in floating point, with their count ('Softmax x1').
         int8_steps: For int8 files: what was tried before quantizing.
         int8_note: For int8 files: why nothing could be tried.
+        int8_agreement_ratio: For int8 TFLite files: share of output values that are within one step of those of the
+            int8 ONNX file; None where that is not known.
     """
 
     artifact: Artifact
@@ -116,6 +118,7 @@ class ArtifactResult:
     float_ops: tuple[str, ...] = ()
     int8_steps: tuple[Int8Step, ...] = ()
     int8_note: str = ""
+    int8_agreement_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,7 @@ def deploy(
             maker.result(file_format, Precision.FLOAT32, float_path),
             maker.result(file_format, Precision.INT8, int8_path),
         ]
-    return results
+    return maker.with_agreement(results)
 
 
 def wanted_lowerings(options: ConvertOptions, file_format: Format, precision: Precision) -> tuple[str, ...]:
@@ -284,6 +284,20 @@ class _FileMaker:
             return ArtifactResult(artifact, None, None, error)
         record = self.int8.record
         return ArtifactResult(artifact, None, None, error, _float_ops(artifact), record.steps, record.note)
+
+    def with_agreement(self, results: list[ArtifactResult]) -> list[ArtifactResult]:
+        """The same with how far the int8 TFLite file agrees with the int8 ONNX file, if there are both."""
+        from sepdeploy.quantize.agreement import agreement_ratio, output_steps
+
+        files = {r.artifact.format: r.artifact for r in results if r.artifact.precision is Precision.INT8}
+        if len(files) < len(Format) or not (steps := output_steps(Path(files[Format.ONNX].path))):
+            return results
+        of_onnx, of_tflite = (
+            open_session(Path(file.path), threads=1, is_channels_last=file.is_channels_last).predict(self.batch)
+            for file in (files[Format.ONNX], files[Format.TFLITE])
+        )
+        ratio = agreement_ratio(of_onnx, of_tflite, steps)
+        return [replace(r, int8_agreement_ratio=ratio) if r.artifact is files[Format.TFLITE] else r for r in results]
 
     def _quantize(self, source: Path, path: Path, file_format: Format, *, is_channels_last: bool) -> None:
         record = self.int8.record
