@@ -114,6 +114,8 @@ class ArtifactResult:
         int8_note: For int8 files: why nothing could be tried.
         int8: For int8 files: the share of multiply-accumulates in int8, and what each layer loses.
         counts: What it executes on the target, where that is an emulated core: then there is no latency.
+        int8_agreement_ratio: For int8 TFLite files: share of output values that are within one step of those of the
+            int8 ONNX file; None where that is not known.
     """
 
     artifact: Artifact
@@ -124,6 +126,7 @@ class ArtifactResult:
     int8_steps: tuple[Int8Step, ...] = ()
     int8_note: str = ""
     int8: Int8Proof | None = None
+    int8_agreement_ratio: float | None = None
     counts: Counts | None = None
 
     @property

@@ -14,7 +14,7 @@ from sepdeploy.core.quiet import quiet, silenced_native_stderr
 from sepdeploy.quantize.file_ranges import FileTensors, fingerprint, match_places
 from sepdeploy.quantize.simulate import fake_quantized
 
-__all__ = ["affines_of_onnx", "affines_of_tflite", "agreement_ratio", "simulation_of_file"]
+__all__ = ["affines_of_onnx", "affines_of_tflite", "agreement_ratio", "output_steps", "simulation_of_file"]
 
 
 def affines_of_onnx(path: Path) -> dict[str, Affine]:
@@ -31,6 +31,15 @@ def affines_of_onnx(path: Path) -> dict[str, Affine]:
             name = node.input[0].removesuffix("_QuantizeLinear_Input")
             found[name] = _affine(float(scale), int(zero_point), zero_point.dtype)
     return found
+
+
+def output_steps(path: Path) -> list[float]:
+    """Scale of each output of a QDQ file, in order; none if one of them is not quantized."""
+    import onnx
+
+    affines = affines_of_onnx(path)
+    names = [output.name for output in onnx.load(str(path), load_external_data=False).graph.output]
+    return [affines[name].scale for name in names] if all(name in affines for name in names) else []
 
 
 def affines_of_tflite(path: Path) -> dict[str, Affine]:

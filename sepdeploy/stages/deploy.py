@@ -180,7 +180,7 @@ def deploy(
             proof = prove_int8(store, int8.artifact, source, inputs, options.seed, versions(), progress)
             int8 = replace(int8, int8=explained(proof, read_mixed(store)) if is_mixed else proof)
         results.append(int8)
-    return results
+    return maker.with_agreement(results)
 
 
 def _lowering(
@@ -327,6 +327,20 @@ class _FileMaker:
             return ArtifactResult(artifact, None, None, error)
         record = self.int8.record
         return ArtifactResult(artifact, None, None, error, _float_ops(artifact), record.steps, record.note)
+
+    def with_agreement(self, results: list[ArtifactResult]) -> list[ArtifactResult]:
+        """The same with how far the int8 TFLite file agrees with the int8 ONNX file, if there are both."""
+        from sepdeploy.quantize.agreement import agreement_ratio, output_steps
+
+        files = {r.artifact.format: r.artifact for r in results if r.artifact.precision is Precision.INT8}
+        if len(files) < len(Format) or not (steps := output_steps(Path(files[Format.ONNX].path))):
+            return results
+        of_onnx, of_tflite = (
+            open_session(Path(file.path), threads=1, is_channels_last=file.is_channels_last).predict(self.batch)
+            for file in (files[Format.ONNX], files[Format.TFLITE])
+        )
+        ratio = agreement_ratio(of_onnx, of_tflite, steps)
+        return [replace(r, int8_agreement_ratio=ratio) if r.artifact is files[Format.TFLITE] else r for r in results]
 
     def _quantize(self, source: Path, path: Path, file_format: Format, *, is_channels_last: bool) -> None:
         record = self.int8.record

@@ -316,7 +316,14 @@ def _int8_notes(results: Sequence[ArtifactResult]) -> tuple[str, ...]:
         for step in result.int8_steps
     ]
     images = plural(result.int8_steps[0].images, "held-out calibration image")
-    return (f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}",)
+    note = f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}"
+    ratios = [r.int8_agreement_ratio for r in results if r.artifact.role is Role.CONVERTED]
+    agreed = [
+        f"the int8 files of both formats agree within one step on {100 * ratio:.1f}% of the output values"
+        for ratio in ratios
+        if ratio is not None
+    ]
+    return (note, *agreed)
 
 
 def _quality_notes(inputs: Inputs, traced: Trace, quality: Quality) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from sepdeploy.quantize.agreement import (
     affines_of_onnx,
     affines_of_tflite,
     agreement_ratio,
+    output_steps,
     simulation_of_file,
 )
 from sepdeploy.quantize.file_ranges import match_places
@@ -95,7 +96,8 @@ def test_files_and_simulation_agree(files, validation):
         network = simulation_of_file(graph, files.prepared.places, format_tensors, format_affines, images)
         with torch.no_grad():
             simulated.append([output.numpy() for output in network(torch.from_numpy(validation))])
-    step = [files.prepared.places[-1].affine.scale]
+    step = output_steps(files.int8_onnx)
+    assert step == pytest.approx([files.prepared.places[-1].affine.scale])
     of_onnx, of_tflite = files.outputs(validation)
     assert np.array_equal(*(each[0] for each in simulated))  # the scales in both files are the same
     assert agreement_ratio(of_onnx, of_tflite, step) >= 0.99
