@@ -32,6 +32,7 @@ from sepdeploy.errors import ContractError, UsageError
 from sepdeploy.loading.checkpoint import load_state_dict
 from sepdeploy.planning.design_network import design_network
 from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channels_last
+from sepdeploy.planning.target import find_target
 from sepdeploy.schemes.scheme import find_scheme
 from sepdeploy.stages.attempts import AttemptFile, first_attempt, next_attempt, without_recovery
 from sepdeploy.stages.deploy import (
@@ -94,6 +95,7 @@ def convert(
         find_scheme(options.scheme)
     folder = options.output_folder
     require_usable(folder)  # before the minutes that large sets of images take
+    find_target(options.target, options.precision, options.threads)
     if launched_processes() > 1 and (options.train or options.finetune_hook or finetune):
         raise UsageError(
             "convert runs in one process: convert without training first, then give the bundle to "
@@ -174,7 +176,7 @@ def _planner(
     original = target_result(originals, options, Role.ORIGINAL)
 
     def original_cost() -> float:
-        progress.stage("selection: timing the original network")
+        progress.stage("selection: measuring the original network")
         return target_cost([original], options).cost
 
     weighed = weigh(store, options, inputs, traced, original_cost, processes or Processes(), progress)
@@ -217,6 +219,7 @@ def plan(
         raise UsageError("a plan is chosen by --scheme auto; 'sepdeploy convert' takes a scheme or a plan as it is")
     if any(folder.glob("*")) and not (folder / "search").is_dir():
         raise UsageError(f"{folder} holds other files; choose another --output or empty it first")
+    find_target(options.target, options.precision, options.threads)
     torch.manual_seed(options.seed)
     with joined_processes() as processes:
         planned = None

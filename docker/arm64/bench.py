@@ -241,4 +241,5 @@ def interpreter_of_tflite():
 
 if __name__ == "__main__":
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # a thread would pack and send now and then
     sys.exit(main())

@@ -203,6 +203,7 @@ def guest_environment(root: Path) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": str(root / "opt" / "site"),
     }

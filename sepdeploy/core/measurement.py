@@ -98,7 +98,7 @@ class Counts:
         kcycles_high: The same with the misses.
         clock_ghz: At which the core is stated to run.
         repeats: Inferences that were counted.
-        spread_ratio: (most - fewest instructions of a repeat) / fewest.
+        spread_ratio: (most - fewest instructions of a repeat) / fewest, among the majority that agrees best.
         method: How the counts came about.
         environment: The core, the runtime in the emulated root and threads.
         artifact_sha256: Hash of the file.

@@ -183,9 +183,10 @@ def find_target(name: str, precision: Precision, threads: int) -> Target:
     'ms'
     """
     kind = find_kind(name, threads)
+    target = kind.make(precision, threads)
     if kind.missing:
         raise ToolError(f"target {name} needs {', '.join(kind.missing)}: run {kind.remedy}")
-    return kind.make(precision, threads)
+    return target
 
 
 def bench_target(name: str, file_format: Format, threads: int) -> Target:
@@ -196,9 +197,10 @@ def bench_target(name: str, file_format: Format, threads: int) -> Target:
         ToolError: if a program that it needs is not there; what makes blocks and files may be missing.
     """
     kind = find_kind(target_for(name, file_format), threads)
+    target = kind.make(Precision.FLOAT32, threads)
     if kind.missing_programs:
         raise ToolError(f"target {name} needs {', '.join(kind.missing_programs)}: run {kind.install_programs}")
-    return kind.make(Precision.FLOAT32, threads)
+    return target
 
 
 def find_kind(name: str, threads: int = 1) -> TargetKind:

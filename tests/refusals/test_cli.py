@@ -174,6 +174,7 @@ def test_input_with_other_channels(place, capfd):
         (["--scheme", "depthwise", "--min-group-channels", "8"], "--min-group-channels belongs to --scheme grouped or"),
         (["--rank-ratio", "nan", "--scheme", "spatial_separable"], "rank-ratio"),
         (["--target", "litert"], "--target litert runs tflite files, which --formats leaves out"),
+        (["--target", "cortex-a53:ort", "--threads", "2"], "models one core: --threads must be 1, got 2"),
         (["--formats", "onnx,coreml"], "onnx, tflite"),
         (["--formats", ","], "onnx, tflite"),
         (["--max-drop", "nan"], "--max-drop"),

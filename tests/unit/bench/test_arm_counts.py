@@ -59,19 +59,17 @@ def test_counts_are_whole_and_labelled(a72_counts) -> None:
         assert 0 <= counts.l2_misses <= counts.l1_misses
         assert counts.low_ms == pytest.approx(counts.kcycles_low / 1.5e3)
         assert counts.spread_ratio <= 0.005
+        assert "dot" not in counts.classes
         assert counts.method is Method.EMULATED_COUNT
         assert counts.environment.runtime.startswith(runtime)
         assert "emulated by qemu-aarch64 7.2" in counts.environment.cpu
 
 
 @emulated
-def test_another_run_counts_the_same_and_another_core_something_else(a72_counts, int8_tflite_file: Path) -> None:
+def test_another_run_counts_the_same(a72_counts, int8_tflite_file: Path) -> None:
     (again,) = require_counts([int8_tflite_file], count_files(A72, [int8_tflite_file], Silent()))
     assert again.instructions == pytest.approx(a72_counts[0].instructions, rel=0.005)
     assert again.kcycles_low == pytest.approx(a72_counts[0].kcycles_low, rel=0.005)
-    (a76,) = require_counts([int8_tflite_file], count_files(find_core("cortex-a76"), [int8_tflite_file], Silent()))
-    assert (a72_counts[0].classes.get("dot", 0), a76.classes["dot"] > 0) == (0, True)
-    assert a76.kcycles_low < a72_counts[0].kcycles_low
 
 
 @emulated
@@ -86,12 +84,13 @@ def test_outputs_are_those_of_this_machine(
 
 @emulated
 def test_bench_command_on_a_core(int8_tflite_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--target", "cortex-a53", "--per-layer", "--no-check", "--json"]
+    arguments = ["--target", "cortex-a76", "--per-layer", "--no-check", "--json"]
     assert main.run(["bench", str(int8_tflite_file), *arguments]) == 0
     ((path, data),) = json.loads(capsys.readouterr().out).items()
     assert path == str(int8_tflite_file)
-    assert (data["core"], data["method"]) == ("Cortex-A53", Method.EMULATED_COUNT.value)
-    assert data["modelled_ms_low"] == pytest.approx(data["kcycles_low"] / 1.4e3)
+    assert (data["core"], data["method"]) == ("Cortex-A76", Method.EMULATED_COUNT.value)
+    assert data["modelled_ms_low"] == pytest.approx(data["kcycles_low"] / 2.4e3)
+    assert data["classes"]["dot"] > 0  # the kernels of this core, which the Cortex-A72 does not have
     layers = data["layers"]
     assert len(layers) > 2
     # Two runs of a file of 20,000 instructions, of which some hundred are Python's and the allocator's.
@@ -111,8 +110,6 @@ def test_bench_command_on_a_core(int8_tflite_file: Path, capsys: pytest.CaptureF
     ],
 )
 def test_bench_command_refuses(arguments, sentence, tflite_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if missing_tools() and "--threads" in arguments:
-        pytest.skip("says first what is missing")
     assert main.run(["bench", str(tflite_file), *arguments]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -139,6 +136,18 @@ def test_repeats_that_differ_are_no_counts(monkeypatch: pytest.MonkeyPatch, onnx
     (steady,) = count_files(A72, [Path("steady.onnx")], Silent())
     assert isinstance(steady, Counts)
     assert len(seen) == 1
+
+
+def test_what_runs_in_the_background_does_not_count(monkeypatch: pytest.MonkeyPatch, onnx_file: Path) -> None:
+    from sepdeploy.bench import arm_counts
+
+    monkeypatch.setattr(arm_counts, "tool_versions", lambda: {"qemu": "7.2"})
+    monkeypatch.setattr(arm_counts, "_model", lambda cpu: type("Model", (), {"cycles": lambda self, blocks: 1.0})())
+    block = Block(ADD, {"integer": 1}, 0, 0, 0)
+    regions = tuple(Region({0: n}, 0, 0) for n in (9000, 1001, 1000))
+    counts = counts_of(A72, GuestFile(onnx_file, "r", "", regions, (block,)))
+    assert counts.instructions in (1000, 1001)
+    assert counts.spread_ratio == pytest.approx(0.001)
 
 
 def test_misses_make_the_high_estimate(monkeypatch: pytest.MonkeyPatch, onnx_file: Path) -> None:

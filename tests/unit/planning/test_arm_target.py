@@ -91,7 +91,7 @@ def test_targets_by_format() -> None:
     assert target_for("cortex-a72", Format.ONNX) == "cortex-a72:ort"
     assert target_for("cortex-a72:ort", Format.TFLITE) == "cortex-a72"
     assert target_for("ort", Format.TFLITE) == "litert"
-    with pytest.raises(UsageError, match="no target 'npu' for onnx files; choose one of ort, litert, cortex-a53"):
+    with pytest.raises(UsageError, match="there is no target 'npu'; choose one of ort, litert, cortex-a53"):
         target_for("npu", Format.ONNX)
 
 
