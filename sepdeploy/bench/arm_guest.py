@@ -144,7 +144,12 @@ def run_guest(
         for name, folder in (("--inputs", inputs), ("--outputs", outputs)):
             options += [name, str(folder.resolve())] if folder is not None else []
         arguments = [*options, *(str(path.resolve()) for path in paths[first:])]
-        results += _run_once(core, root, plugin, arguments, paths, first, progress, still_seconds)
+        try:
+            results += _run_once(core, root, plugin, arguments, paths, first, progress, still_seconds)
+        except OSError as error:
+            raise ToolError(
+                f"cannot write to {tempfile.gettempdir()}: {error.strerror or error}; free space there or set TMPDIR"
+            ) from error
     return results
 
 
