@@ -111,3 +111,20 @@ def test_what_lies_between_layers_in_float_is_in_float_too(
     assert makers[pool.input[0]].op_type in {"Clip", "Conv"}  # and no DequantizeLinear
     conv = next(node for node in graph.node if node.op_type == "Conv" and "branch" in node.input[1])
     assert makers[conv.input[0]].op_type == "DequantizeLinear"
+
+
+def test_integers_of_the_int8_file_are_kept(float_tflite: Path, calibration: np.ndarray, tmp_path: Path) -> None:
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    int8, changed, mixed = (tmp_path / f"{name}.tflite" for name in ("int8", "changed", "mixed"))
+    quantize_tflite(float_tflite, int8, [image.transpose(0, 2, 3, 1) for image in np.split(calibration, 24)])
+    model = flatbuffer_utils.read_model(str(int8))
+    (graph,) = model.subgraphs
+    (weights,) = (tensor for tensor in graph.tensors if list(tensor.shape) == [10, 32])
+    buffer = model.buffers[weights.buffer]
+    buffer.data = np.asarray(buffer.data) // 2 * 2  # as if rounded otherwise
+    flatbuffer_utils.write_model(model, str(changed))
+    mix_tflite(float_tflite, changed, mixed, {"stem": FLOAT})
+    model = flatbuffer_utils.read_model(str(mixed))
+    (weights,) = (tensor for tensor in model.subgraphs[0].tensors if list(tensor.shape) == [10, 32])
+    np.testing.assert_array_equal(np.asarray(model.buffers[weights.buffer].data) % 2, 0)
