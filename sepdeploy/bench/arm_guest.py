@@ -172,7 +172,12 @@ def run_guest(
         options += ["--bursts", ",".join(map(str, bursts[first:]))] if bursts else []
         for name, folder in (("--inputs", inputs), ("--outputs", outputs)):
             options += [name, str(folder.resolve())] if folder is not None else []
-        results += _run_once(place, options, paths, first, progress, still_seconds)
+        try:
+            results += _run_once(place, options, paths, first, progress, still_seconds)
+        except OSError as error:
+            raise ToolError(
+                f"cannot write to {tempfile.gettempdir()}: {error.strerror or error}; free space there or set TMPDIR"
+            ) from error
     return results
 
 

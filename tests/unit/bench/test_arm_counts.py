@@ -93,9 +93,9 @@ def test_bench_command_on_a_core(int8_tflite_file: Path, capsys: pytest.CaptureF
     assert data["classes"]["dot"] > 0  # the kernels of this core, which the Cortex-A72 does not have
     layers = data["layers"]
     assert len(layers) > 2
-    # Two runs of a file of 20,000 instructions, of which some hundred are Python's and the allocator's.
-    assert sum(layer["instructions"] for layer in layers) == pytest.approx(data["instructions"], rel=0.03)
-    assert sum(layer["kcycles_high"] for layer in layers) == pytest.approx(data["kcycles_high"], rel=0.05)
+    # Two runs of a file of 14,000 instructions, one of them in bursts, where the call from Python is spread out.
+    assert sum(layer["instructions"] for layer in layers) == pytest.approx(data["instructions"], rel=0.1)
+    assert sum(layer["kcycles_high"] for layer in layers) == pytest.approx(data["kcycles_high"], rel=0.2)
     (conv,) = (layer for layer in layers if layer["name"].startswith("CONV_2D"))
     assert conv["macs"] == max(layer["macs"] for layer in layers)
     assert conv["macs"] >= CONV_MACS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 from pathlib import Path
@@ -98,6 +99,15 @@ def test_counts_that_are_cut_off_are_no_counts(guest) -> None:
     script = f"echo '{report('a')}'; echo '{report('b')}'; echo '{{\"end\": true}}'"
     with pytest.raises(ToolError, match=r"counts of the emulator are incomplete; is the disk of .* full"):
         guest(script, counts=lines(BLOCK, *REGIONS)[:-20])
+
+
+def test_a_full_disk_is_named(guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(arm_guest.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(ToolError, match=r"cannot write to .*: No space left on device; free space there or set TMPDIR"):
+        guest("true")
 
 
 def test_an_emulator_that_does_not_start_says_so(guest) -> None:
