@@ -9,12 +9,14 @@ from typing import Any
 
 from sepdeploy.errors import ToolError
 
-__all__ = ["Prefix", "keep_operators", "write_prefixes"]
+__all__ = ["Prefix", "keep_operators", "layer_of_tensor", "write_prefixes"]
 
 _ACTIVATIONS = {
     *("Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "PRelu", "Relu", "Sigmoid", "Tanh"),
 }
 """What ONNX Runtime may fuse into the operator before it."""
+
+_MOST_LETTERS = 60
 
 _SUMS = {"Add", "BatchNormalization"}
 
@@ -57,8 +59,8 @@ def _tflite_prefixes(source: Path, folder: Path) -> list[Prefix]:
     codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in whole.operatorCodes]
     labels = []
     for operator in graph.operators:
-        tensor = graph.tensors[operator.outputs[0]].name or b""
-        labels.append(f"{names.get(codes[operator.opcodeIndex], 'CUSTOM')} {tensor.decode(errors='replace')}".strip())
+        tensor = (graph.tensors[operator.outputs[0]].name or b"").decode(errors="replace")
+        labels.append(f"{names.get(codes[operator.opcodeIndex], 'CUSTOM')} {layer_of_tensor(tensor)}".strip())
     prefixes = []
     for end in range(1, len(graph.operators)):
         made = {output for operator in graph.operators[:end] for output in operator.outputs}
@@ -70,6 +72,26 @@ def _tflite_prefixes(source: Path, folder: Path) -> list[Prefix]:
         flatbuffer_utils.write_model(model, str(path))
         prefixes.append(Prefix(labels[end - 1], path))
     return [*prefixes, Prefix(labels[-1], source)]
+
+
+def layer_of_tensor(name: str) -> str:
+    """The layer that a tensor of a TFLite file comes from.
+
+    litert-torch names tensors by the modules around them, 'package.Class_attribute' each, with those of the export
+    outside; where operators were fused several such names are joined by ';'.
+
+    >>> layer_of_tensor("litert_torch.Wrapper/sepdeploy.export.Flat_model/nets.Net_model/nn.Sequential_a/nn.Conv2d_0;1")
+    'a.0'
+    >>> layer_of_tensor("model/conv2d/Relu"), layer_of_tensor("serving_default:0")
+    ('conv2d.Relu', 'serving_default:0')
+    """
+    path = max(name.split(";"), key=len).split("/")
+    own = [part for part in path if not part.startswith(("litert_torch.", "sepdeploy.export."))]
+    attributes = []
+    for part in own[1:]:  # the first is the network itself
+        package, _, last = part.rpartition(".")
+        attributes.append(last.lstrip("_").partition("_")[2] if package else last)
+    return ".".join(attribute for attribute in attributes if attribute) or name[-_MOST_LETTERS:]
 
 
 def keep_operators(model: Any, outputs: Sequence[int]) -> None:

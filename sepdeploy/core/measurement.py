@@ -102,7 +102,7 @@ class Counts:
         method: How the counts came about.
         environment: The core, the runtime in the emulated root and threads.
         artifact_sha256: Hash of the file.
-        speedup: Cycles of the reference / these, both in the middle of their ranges; None for the reference.
+        speedup: Cycles of the reference / these, at the low end; None for the reference.
         speedup_low: The smaller of the same ratios of the low and of the high ends; no interval of anything measured.
         speedup_high: The larger.
     """
@@ -129,8 +129,8 @@ class Counts:
 
     @property
     def cost(self) -> float:
-        """What files are compared by, in kilocycles: the middle of the range."""
-        return (self.kcycles_low + self.kcycles_high) / 2
+        """What files are compared by, in kilocycles: the low end, for the high one knows no prefetching."""
+        return self.kcycles_low
 
     def classes_sum(self, kind: str) -> int:
         """Instructions of the class `kind` and of the same class on vectors: 'load' or 'store'."""

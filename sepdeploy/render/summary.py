@@ -331,8 +331,8 @@ def counts_caption(counts: Iterable[Counts]) -> str:
     return (
         f"{'; '.join(places)}; repeats agree within {100 * worst:.2g}%. Cycles and milliseconds ({', '.join(clocks)}) "
         "are modelled, not measured: llvm-mca over the executed instructions with every load in the first cache (low), "
-        "and every miss of the simulated caches waited for (high). Fewer cycles: against the reference, at the middle "
-        "and at both ends."
+        "and every miss of the simulated caches waited for (high). Fewer cycles: against the reference, by the low "
+        "end, and at both."
     )
 
 

@@ -192,7 +192,7 @@ def _limit_checks(
     where = f"{options.target} {options.precision.value}"
     is_time = not isinstance(measured, Counts)
     if wanted.max_latency is not None and measured is not None:
-        unit, kind = ("ms", "median") if is_time else ("kcycles", "modelled, the middle of the range")
+        unit, kind = ("ms", "median") if is_time else ("kcycles", "modelled, the low end")
         sentence = f"{measured.cost:.4g} {unit} for one inference on {where} ({kind}), the limit is"
         yield Check("latency", measured.cost <= wanted.max_latency, f"{sentence} {wanted.max_latency:g} {unit}")
     if wanted.max_latency_ratio is not None and measured is not None and measured.speedup is not None:

@@ -73,7 +73,7 @@ def test_ends_of_a_difference_are_those_of_the_model(monkeypatch: pytest.MonkeyP
     made = target.TARGETS_BY_NAME["cortex-a72"]().make(Precision.INT8, 1)
     price, reason = made.measure(DENSE, [SEPARABLE, SEPARABLE], seconds=1, seed=0, progress=Silent())
     assert reason == "it crashed"
-    assert (price.difference_low, price.difference, price.difference_high) == (-60, -35, -10)
+    assert (price.difference_low, price.difference, price.difference_high) == (-60, -60, -10)
     found[0] = "no such thing"
     assert made.measure(DENSE, [SEPARABLE], seconds=1, seed=0, progress=Silent()) == [
         "the layer as it is cannot be counted: no such thing"
@@ -84,7 +84,7 @@ def test_whole_files_are_compared_by_both_ends(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(arm_counts, "count_files", lambda *given, **options: [counts(100, 300), counts(50, 100)])
     reference, other = arm_counts.compare_counts(find_core("cortex-a72"), [Path("a"), Path("b")], Silent())
     assert reference.speedup is None
-    assert (other.speedup_low, other.speedup, other.speedup_high) == (2.0, pytest.approx(200 / 75), 3.0)
+    assert (other.speedup_low, other.speedup, other.speedup_high) == (2.0, 2.0, 3.0)
 
 
 def test_targets_by_format() -> None:
