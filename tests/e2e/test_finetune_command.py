@@ -220,7 +220,7 @@ def test_moved_inputs_are_asked_for_and_found(workplace, conversion, bundle, tmp
     arguments = ["finetune", str(bundle), "--train", workplace.images(count=256), *TRAINING]
     assert run(arguments) == 2
     assert f"gone.pt is gone since {bundle} was made; say with --model where it is now" in capfd.readouterr().err
-    shutil.copy(workplace.folder / "trained.pt", tmp_path / "elsewhere.pt")
+    shutil.copy(workplace.trained(), tmp_path / "elsewhere.pt")
     moved = sepdeploy.MovedInputs(model=tmp_path / "elsewhere.pt")
     last = sepdeploy.finetune(
         bundle, workplace.images(count=256), training=TrainOptions(epochs=1, batch_size=64), moved=moved

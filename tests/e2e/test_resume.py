@@ -31,13 +31,15 @@ def arguments(workplace):
 
 
 def start(arguments, output) -> subprocess.Popen:
-    def heed_interrupts() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with it ignored
-
-    return subprocess.Popen(
-        [sys.executable, "-m", "sepdeploy", *arguments, "--output", str(output)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
-    )  # fmt: skip
+    # A handler, for what is ignored here, as in a job in the background, the child would ignore as well.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sepdeploy", *arguments, "--output", str(output)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(path, process) -> None:

@@ -106,7 +106,7 @@ def test_convert_never_hands_over_what_is_slower(options):
 
 
 def test_a_target_on_which_nothing_is_faster_gets_the_original(options, monkeypatch, tmp_path):
-    timed = sepdeploy.pipeline.target_latency
+    timed = sepdeploy.pipeline.target_cost
 
     def slower(results, given):
         latency = timed(results, given)
@@ -114,7 +114,7 @@ def test_a_target_on_which_nothing_is_faster_gets_the_original(options, monkeypa
             return latency
         return dataclasses.replace(latency, speedup=0.9, speedup_low=0.8, speedup_high=1.0)
 
-    monkeypatch.setattr(sepdeploy.pipeline, "target_latency", slower)
+    monkeypatch.setattr(sepdeploy.pipeline, "target_cost", slower)
     report = sepdeploy.convert(dataclasses.replace(options, max_drop_points=100.0, output=tmp_path / "out"))
     assert not report.plan.replaced
     assert not report.is_success
