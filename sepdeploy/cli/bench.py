@@ -58,14 +58,12 @@ def command(
       sepdeploy bench demo/original/model.tflite demo/model.tflite --target ssh://pi@raspberrypi.local
       sepdeploy bench demo/model.int8.tflite --target adb --benchmark-model android_aarch64_benchmark_model
     """
-    from sepdeploy.bench.outside_programs import ended_by_signals
-
     paths = tuple(dict.fromkeys(artifacts))
     core = _arm_core(target)
     if is_per_layer and core is None:
         raise click.UsageError("--per-layer counts on an Arm core: give --target cortex-a72 or another one")
     layers: dict[str, list[LayerCounts]] = {}
-    with shown_progress(is_quiet=as_json) as progress, ended_by_signals():
+    with shown_progress(is_quiet=as_json) as progress:
         if target is None:
             measured: Sequence[Measured] = _timed(paths, threads, seconds, progress)
         elif is_remote(target):

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import click
 
+from sepdeploy.bench.outside_programs import ended_by_signals
 from sepdeploy.errors import ContractError, SepdeployError, ToolError, UsageError
 from sepdeploy.version import __version__
 
@@ -79,7 +80,8 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     is_json = "--json" in arguments
     try:
-        result = program.main(arguments, prog_name="sepdeploy", standalone_mode=False, obj=tuple(arguments))
+        with ended_by_signals():
+            result = program.main(arguments, prog_name="sepdeploy", standalone_mode=False, obj=tuple(arguments))
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         return _stopped()
