@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import numpy as np
 from sepdeploy.bench.arm_cores import ArmCore
 from sepdeploy.bench.arm_guest import run_guest
 from sepdeploy.bench.arm_root import arm64_files
+from sepdeploy.bench.outside_programs import last_line
 from sepdeploy.bench.prefixes import write_prefixes
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError
@@ -46,7 +48,8 @@ def check_numerics(core: ArmCore, path: Path, progress: Progress, *, seed: int =
         The largest difference: of quantized outputs in steps, of others relative to the largest value.
 
     Raises:
-        ToolError: if it is more than one step, or 1e-4 (2e-2 of files with float16 weights); the message names the first layer at which it is.
+        ToolError: if it is more than one step, or 1e-4 (2e-2 of files with float16 weights); the message names the
+            first layer at which it is.
     """
     progress.stage(f"comparing {path.name} on the {core.title} with this machine")
     difference = _differences(core, [path], progress, seed)[0]
@@ -136,7 +139,18 @@ def _run_here(paths: Sequence[Path], outputs: Path, seed: int) -> None:
     except subprocess.TimeoutExpired as error:
         raise ToolError(f"the files take more than {_HOST_SECONDS} s on this machine") from error
     if done.returncode or not all((outputs / f"{i}.npz").is_file() for i in range(len(paths))):
-        raise ToolError("the files do not run on this machine, so there is nothing to compare with", stderr=done.stderr)
+        why = _error_here(done.stdout) or last_line(done.stderr)
+        raise ToolError(
+            f"the files do not run on this machine, so there is nothing to compare with: {why}; install the runtime "
+            "here (pip install onnxruntime or ai-edge-litert), or leave the comparison out with --no-check",
+            stderr=done.stderr,
+        )
+
+
+def _error_here(printed: str) -> str:
+    """The first error among the lines of JSON that bench.py prints for files."""
+    reports = [json.loads(line) for line in printed.splitlines() if line.startswith("{") and line.endswith("}")]
+    return next((str(report["error"]) for report in reports if report.get("error")), "")
 
 
 def _difference(path: Path, here: Path, there: Path) -> float:

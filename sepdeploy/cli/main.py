@@ -12,6 +12,7 @@ import click
 
 from sepdeploy.bench.outside_programs import ended_by_signals
 from sepdeploy.errors import ContractError, SepdeployError, ToolError, UsageError
+from sepdeploy.render.format_numbers import printable
 from sepdeploy.version import __version__
 
 __all__ = ["main", "program"]
@@ -122,7 +123,7 @@ def _report(error: SepdeployError, *, is_json: bool, is_debug: bool) -> int:
     message = " ".join(str(error).split())  # the user's own code may have put lines of its own into it
     if is_json:
         _print_json(type(error).__name__, message, error.exit_code)
-    click.echo(f"sepdeploy: {message}", err=True)
+    click.echo(f"sepdeploy: {printable(message)}", err=True)
     if isinstance(error, ToolError) and error.stderr and is_debug:
         click.echo(error.stderr, err=True)
     return error.exit_code
