@@ -95,7 +95,7 @@ def convert(
         find_scheme(options.scheme)
     folder = options.output_folder
     require_usable(folder)  # before the minutes that large sets of images take
-    find_target(options.target, options.precision, options.threads)
+    find_target(options.target, options.precision, options.threads).key()  # asks a board whether it answers
     if launched_processes() > 1 and (options.train or options.finetune_hook or finetune):
         raise UsageError(
             "convert runs in one process: convert without training first, then give the bundle to "
@@ -219,7 +219,7 @@ def plan(
         raise UsageError("a plan is chosen by --scheme auto; 'sepdeploy convert' takes a scheme or a plan as it is")
     if any(folder.glob("*")) and not (folder / "search").is_dir():
         raise UsageError(f"{folder} holds other files; choose another --output or empty it first")
-    find_target(options.target, options.precision, options.threads)
+    find_target(options.target, options.precision, options.threads).key()  # asks a board whether it answers
     torch.manual_seed(options.seed)
     with joined_processes() as processes:
         planned = None
@@ -496,6 +496,7 @@ def _continue(
     """Go on with a finished bundle in the process that writes it."""
     options = record.options
     folder = options.output_folder
+    find_target(options.target, options.precision, options.threads).key()  # before training, which takes long
     torch.manual_seed(options.seed)
     inputs = load_inputs(options, progress)
     with locked(folder):

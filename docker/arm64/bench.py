@@ -50,10 +50,11 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="runs that count, at least")
     parser.add_argument("--seconds", type=float, default=0.0, help="go on with timed runs for so long")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--inputs", type=Path, help="folder with 0.npz, 1.npz, ... of the files' inputs, '0', '1', ...")
-    parser.add_argument("--outputs", type=Path, help="folder that the same of the outputs is written to")
+    parser.add_argument(
+        "--outputs", type=Path, help="folder for 0.npz, 1.npz, ... of the files' outputs, '0', '1', ..."
+    )
     parser.add_argument("--bursts", default="", help="runs in a row that make one that counts, for each file: 1,8,...")
-    parser.add_argument("--first", type=int, default=0, help="number of the first file in both")
+    parser.add_argument("--first", type=int, default=0, help="number of the first file there")
     parser.add_argument("--marks", action="store_true", help="mark runs for the counting plugin")
     arguments = parser.parse_args()
     bursts = [int(number) for number in arguments.bursts.split(",") if number]
@@ -81,13 +82,8 @@ def run_file(path, place, arguments, report):
 
     network = OnnxNetwork(path, arguments.threads) if path.suffix == ".onnx" else LitertNetwork(path, arguments.threads)
     report["runtime"] = network.runtime
-    if arguments.inputs is not None:
-        with np.load(arguments.inputs / f"{place}.npz") as arrays:
-            inputs = [arrays[str(i)] for i in range(len(arrays.files))]
-    else:
-        rng = np.random.default_rng(arguments.seed)
-        inputs = [random_input(shape, np.dtype(dtype), rng) for shape, dtype in network.inputs]
-    network.set_inputs(inputs)
+    rng = np.random.default_rng(arguments.seed)
+    network.set_inputs([random_input(shape, np.dtype(dtype), rng) for shape, dtype in network.inputs])
     report["warmup"] = max(1, arguments.warmup)
     measure_runs(network.run if report["burst"] == 1 else repeated(network.run, report["burst"]), arguments, report)
     if arguments.outputs is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sepdeploy.bench.arm_cores import ArmCore
 from sepdeploy.bench.arm_root import arm64_files, find_plugin, find_root
+from sepdeploy.bench.outside_programs import last_line
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError
 
@@ -135,7 +136,6 @@ def run_guest(
     warmup: int = 2,
     seed: int = 0,
     bursts: Sequence[int] | None = None,
-    inputs: Path | None = None,
     outputs: Path | None = None,
     still_seconds: float = _STILL_SECONDS,
     place: GuestPlace | None = None,
@@ -152,8 +152,7 @@ def run_guest(
         warmup: Inferences before them.
         seed: Of the random inputs.
         bursts: Inferences in a row that make one that counts, for each file; None for 1.
-        inputs: Folder with 0.npz, 1.npz, ... of the inputs instead (docker/arm64/bench.py).
-        outputs: Folder for the same of the outputs.
+        outputs: Folder for 0.npz, 1.npz, ... of the outputs (docker/arm64/bench.py).
         still_seconds: Most time for one file.
         place: The emulator; None is that of this machine.
 
@@ -170,8 +169,7 @@ def run_guest(
         numbers = {"--repeats": repeats, "--warmup": warmup, "--seed": seed, "--first": first}
         options = ["--marks", *(text for name, value in numbers.items() for text in (name, str(value)))]
         options += ["--bursts", ",".join(map(str, bursts[first:]))] if bursts else []
-        for name, folder in (("--inputs", inputs), ("--outputs", outputs)):
-            options += [name, str(folder.resolve())] if folder is not None else []
+        options += ["--outputs", str(outputs.resolve())] if outputs is not None else []
         try:
             results += _run_once(place, options, paths, first, progress, still_seconds)
         except OSError as error:
@@ -287,8 +285,9 @@ def _run_once(
             f"the counts of the emulator are incomplete; is the disk of {tempfile.gettempdir()} full?", stderr=stderr
         )
     if not has_started:
+        why = last_line(stderr) if stderr.strip() else _ending(code)
         raise ToolError(
-            f"qemu-aarch64 does not start with the counting plugin: {_last_line(stderr) or _ending(code)}; it takes "
+            f"qemu-aarch64 does not start with the counting plugin: {why}; it takes "
             "the dynamic qemu-user of Debian 12 (7.2), static builds take no plugins",
             stderr=stderr,
         )
@@ -303,7 +302,7 @@ def _run_once(
         results.append(GuestFile(path, report.get("runtime", ""), error, repeats, blocks, report["burst"]))
     if not has_finished and first + len(results) < len(paths):
         at_fault = paths[first + len(results)]
-        last_words = f" ({_last_line(stderr)})" if stderr.strip() and code == 1 else ""
+        last_words = f" ({last_line(stderr)})" if stderr.strip() and code == 1 else ""
         results.append(
             GuestFile(
                 at_fault, "", f"the guest {_ending(code, still_seconds)}{last_words} while it ran {at_fault.name}"
@@ -362,8 +361,3 @@ def _ending(code: int | None, still_seconds: float = 0.0) -> str:
         except ValueError:
             pass
     return f"ended with exit code {code}"
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""

@@ -22,7 +22,7 @@ def arm_needs() -> tuple[Need, ...]:
     system = platform.system()
     if system != "Linux":
         problem = f"user-mode emulation runs on Linux only, this is {system}"
-        fix = "sepdeploy bench MODEL --target docker:cortex-a72   # in Docker, on any system"
+        fix = "sepdeploy bench MODEL --target docker:cortex-a72   # in Docker; needs llvm-19 here"
         return (Need("Linux", problem=problem, fix=fix),)
     return tuple(map(_need, TOOLS))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import numpy as np
 from sepdeploy.bench.arm_cores import ArmCore
 from sepdeploy.bench.arm_guest import run_guest
 from sepdeploy.bench.arm_root import arm64_files
+from sepdeploy.bench.outside_programs import last_line
 from sepdeploy.bench.prefixes import write_prefixes
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError
@@ -21,6 +23,9 @@ __all__ = ["FLOAT_TOLERANCE", "check_numerics", "output_difference"]
 
 FLOAT_TOLERANCE = 1e-4
 """Of floating-point outputs, relative to the largest of them: sums are added up in other orders."""
+
+_FLOAT16_TOLERANCE = 2e-2
+"""Of files with float16 weights: some cores compute them in float16 throughout, others widen them first."""
 
 _STEPS = 1.0
 """Of quantized outputs: kernels round halves differently."""
@@ -43,25 +48,28 @@ def check_numerics(core: ArmCore, path: Path, progress: Progress, *, seed: int =
         The largest difference: of quantized outputs in steps, of others relative to the largest value.
 
     Raises:
-        ToolError: if it is more than one step, or 1e-4; the message names the first layer at which it is.
+        ToolError: if it is more than one step, or 1e-4 (2e-2 of files with float16 weights); the message names the
+            first layer at which it is.
     """
     progress.stage(f"comparing {path.name} on the {core.title} with this machine")
     difference = _differences(core, [path], progress, seed)[0]
     if difference <= 1.0:
         return difference
     place = _where_it_starts(core, path, progress, seed)
-    raise ToolError(
-        f"{path} computes something else on the {core.title} than here: {_said(difference)}; it starts at {place}"
-    )
+    said = _said(difference, _tolerance(path))
+    raise ToolError(f"{path} computes something else on the {core.title} than here: {said}; it starts at {place}")
 
 
-def output_difference(reference: np.ndarray, output: np.ndarray, step: float | None) -> float:
+def output_difference(
+    reference: np.ndarray, output: np.ndarray, step: float | None, tolerance: float = FLOAT_TOLERANCE
+) -> float:
     """The largest difference of an output, as a share of what is allowed; infinite where one is not finite.
 
     Args:
         reference: What it should be; integers are steps of the quantization.
         output: What it is.
         step: Of the quantization behind floating-point values; None if there is none.
+        tolerance: Of floating-point values, relative to the largest of them.
 
     >>> output_difference(np.array([3, 4], np.int8), np.array([3, 5], np.int8), None)
     1.0
@@ -78,17 +86,18 @@ def output_difference(reference: np.ndarray, output: np.ndarray, step: float | N
     error = float(np.abs(wide[0][finite[0]] - wide[1][finite[0]]).max(initial=0.0))
     if np.issubdtype(reference.dtype, np.integer):
         return error / _STEPS
-    allowed = FLOAT_TOLERANCE * max(largest, 1e-6)
+    allowed = tolerance * max(largest, 1e-6)
     if step is not None:
         allowed = max(allowed, _STEPS * step * (1 + 1e-5))
     return error / allowed
 
 
-def _said(difference: float) -> str:
+def _said(difference: float, tolerance: float) -> str:
     if not np.isfinite(difference):
         return "values that are not finite here and are there, or the other way round"
     return (
-        f"its outputs differ by {difference:.3g} times what rounding explains (1e-4, or one step of the quantization)"
+        f"its outputs differ by {difference:.3g} times what rounding explains ({tolerance:g} of the largest value, or "
+        "one step of the quantization)"
     )
 
 
@@ -130,15 +139,39 @@ def _run_here(paths: Sequence[Path], outputs: Path, seed: int) -> None:
     except subprocess.TimeoutExpired as error:
         raise ToolError(f"the files take more than {_HOST_SECONDS} s on this machine") from error
     if done.returncode or not all((outputs / f"{i}.npz").is_file() for i in range(len(paths))):
-        raise ToolError("the files do not run on this machine, so there is nothing to compare with", stderr=done.stderr)
+        why = _error_here(done.stdout) or last_line(done.stderr)
+        raise ToolError(
+            f"the files do not run on this machine, so there is nothing to compare with: {why}; install the runtime "
+            "here (pip install onnxruntime or ai-edge-litert), or leave the comparison out with --no-check",
+            stderr=done.stderr,
+        )
+
+
+def _error_here(printed: str) -> str:
+    """The first error among the lines of JSON that bench.py prints for files."""
+    reports = [json.loads(line) for line in printed.splitlines() if line.startswith("{") and line.endswith("}")]
+    return next((str(report["error"]) for report in reports if report.get("error")), "")
 
 
 def _difference(path: Path, here: Path, there: Path) -> float:
+    tolerance = _tolerance(path)
     steps = _onnx_steps(path) if path.suffix.lower() == ".onnx" else {}
     with np.load(here) as references, np.load(there) as outputs:
         return max(
-            output_difference(references[name], outputs[name], steps.get(int(name))) for name in references.files
+            output_difference(references[name], outputs[name], steps.get(int(name)), tolerance)
+            for name in references.files
         )
+
+
+def _tolerance(path: Path) -> float:
+    """What floating-point outputs may differ by, relative to the largest."""
+    if path.suffix.lower() != ".onnx":
+        return FLOAT_TOLERANCE
+    import onnx
+
+    weights = onnx.load(path, load_external_data=False).graph.initializer
+    is_float16 = any(each.data_type == onnx.TensorProto.FLOAT16 for each in weights)
+    return _FLOAT16_TOLERANCE if is_float16 else FLOAT_TOLERANCE
 
 
 def _onnx_steps(path: Path) -> dict[int, float]:

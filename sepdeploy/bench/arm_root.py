@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 
+from sepdeploy.bench.outside_programs import run_program
 from sepdeploy.core.files import sha256_of_bytes
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError
@@ -189,14 +189,15 @@ def _made(path: Path) -> Iterator[Path]:
 
 def _run(command: list[str], failure: str, environment: Mapping[str, str] | None = None) -> str:
     """Output of a program that has to succeed."""
+    own = None if environment is None else dict(environment)
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False
+        done = run_program(
+            command, limit_seconds=_BUILD_SECONDS, purpose=f"running {Path(command[0]).name}", environment=own
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except ToolError as error:
         raise ToolError(f"{failure}: {error}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
-        raise ToolError(f"{failure}: {reason}", stderr=done.stderr)
-    return done.stdout
+    if done.code:
+        lines = [line for line in done.errors.splitlines() if line.strip() and not line.startswith("WARNING")]
+        reason = lines[-1].strip() if lines else f"exit code {done.code}"
+        raise ToolError(f"{failure}: {reason}", stderr=done.errors)
+    return done.output

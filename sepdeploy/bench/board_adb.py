@@ -123,11 +123,12 @@ def time_files_on_device(device: AdbDevice, paths: Sequence[Path], *, threads: i
     for path in paths:
         if path.suffix.lower() != ".tflite":
             raise UsageError(f"{path} is no .tflite file, and benchmark_model runs only those")
-    folder = f"/data/local/tmp/sepdeploy-{secrets.token_hex(8)}"
+    name = f"sepdeploy-{secrets.token_hex(8)}"
+    folder = f"/data/local/tmp/{name}"
     try:
         device.run(["shell", "mkdir", "-m", "700", folder], "making a folder")
-        for name, path in {"benchmark_model": device.benchmark_model, **_names(paths)}.items():
-            device.run(["push", str(path.resolve()), f"{folder}/{name}"], f"sending {path.name}", device.limit_seconds)
+        for sent, path in {"benchmark_model": device.benchmark_model, **_names(paths)}.items():
+            device.run(["push", str(path.resolve()), f"{folder}/{sent}"], f"sending {path.name}", device.limit_seconds)
         device.run(["shell", "chmod", "700", f"{folder}/benchmark_model"], "making the program executable")
         emulated = _emulated(device)
         if emulated:
@@ -138,6 +139,10 @@ def time_files_on_device(device: AdbDevice, paths: Sequence[Path], *, threads: i
         blocks = _blocks(device, folder, len(paths), threads, seconds)
         environment = _environment(device, threads, blocks)
     finally:
+        # At the limit and on Ctrl-C the client alone dies: what it started goes on, and is known by its folder. The
+        # brackets keep the pattern from matching the shell that pkill is run by.
+        with suppress(ToolError):
+            device.run(["shell", "pkill", "-f", f"{name[:-1]}[{name[-1]}]"], "ending what runs there")
         with suppress(ToolError):  # it may be gone; what went wrong before is what matters
             device.run(["shell", "rm", "-rf", folder], "cleaning up")
     return [_latency(path, place, blocks, environment) for place, path in enumerate(paths)]
@@ -234,10 +239,16 @@ def _latency(path: Path, place: int, blocks: Sequence[Sequence[_Block]], environ
 
 
 def _emulated(device: AdbDevice) -> str:
-    """What the Android emulator calls its hardware; empty on a real device."""
-    hardware = _said(device, "getprop", "ro.hardware")
+    """What an emulator calls its hardware; empty on a real device.
+
+    Raises:
+        ToolError: if the device does not say.
+    """
+    hardware = device.run(["shell", "getprop", "ro.hardware"], "asking what it is").output.strip()
     is_emulator = _said(device, "getprop", "ro.kernel.qemu") == "1" or _said(device, "getprop", "ro.boot.qemu") == "1"
-    return hardware or "qemu" if is_emulator or hardware in {"goldfish", "ranchu"} else ""
+    return (
+        hardware or "qemu" if is_emulator or hardware in {"goldfish", "ranchu"} or hardware.startswith("cutf") else ""
+    )
 
 
 def _environment(device: AdbDevice, threads: int, blocks: Sequence[Sequence[_Block]]) -> Environment:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sepdeploy.bench.board_run import Board, BoardOptions, Model, Work, emulated_error, run_on_board
+from sepdeploy.bench.board_run import Board, BoardOptions, Model, Work, emulated_error, run_on_board, understood
 from sepdeploy.core.codec import from_json
 from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.measurement import Latency
@@ -37,8 +37,9 @@ def time_files_on_board(
     reply = run_on_board(board, work, options)
     if reply.emulator is not None:  # whatever `options` allow
         raise emulated_error(board.name, reply.emulator)
-    replies = zip(models, reply.outcome, reply.sent_sha256, strict=True)
-    return [_latency(board, model, data, sent, reply.conditions) for model, data, sent in replies]
+    with understood(board.name):
+        replies = zip(models, reply.outcome, reply.sent_sha256, strict=True)
+        return [_latency(board, model, data, sent, reply.conditions) for model, data, sent in replies]
 
 
 def _latency(

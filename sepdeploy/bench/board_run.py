@@ -12,12 +12,14 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from sepdeploy.bench.board_agent import JOB_FILE
 from sepdeploy.bench.board_connection import Connection
+from sepdeploy.bench.files import format_of
 from sepdeploy.bench.outside_programs import last_line
 from sepdeploy.bench.self_contained import self_contained
 from sepdeploy.core.files import sha256_of_file
@@ -33,6 +35,7 @@ __all__ = [
     "emulated_error",
     "model_name",
     "run_on_board",
+    "understood",
 ]
 
 PYTHON_PROGRAM = "import sys;exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"
@@ -163,10 +166,7 @@ class BoardReply:
 
 def model_name(place: int, path: Path) -> str:
     """Name on the board of the file that is sent as number `place`."""
-    suffix = path.suffix.lower()
-    if suffix not in {".onnx", ".tflite"}:
-        raise UsageError(f"{path} is neither an .onnx nor a .tflite file; convert it first with sepdeploy convert")
-    return f"model-{place}{suffix}"
+    return f"model-{place}.{format_of(path).value}"
 
 
 def run_on_board(board: Board, work: Work, options: BoardOptions) -> BoardReply:
@@ -192,7 +192,34 @@ def _run(board: Board, work: Work, options: BoardOptions, folder: Path) -> Board
         connection.send(_sent(files, options))
         events = list(connection.events())
     sent = tuple(sha256_of_file(data) for name, data in files.items() if name in names and isinstance(data, Path))
-    return _reply(board, events, connection, names, sent, options)
+    with understood(board.name):
+        reply = _reply(board, events, connection, names, sent, options)
+        _require_whole(work, reply)
+    return reply
+
+
+@contextmanager
+def understood(name: str) -> Iterator[None]:
+    """Make one sentence of what is wrong with the answer of a board, inside the block.
+
+    Raises:
+        ToolError: where something is missing, or of another kind or length.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ToolError(
+            f"{name} answered something that sepdeploy does not understand; is another program in the place of its "
+            "python3?"
+        ) from error
+
+
+def _require_whole(work: Work, reply: BoardReply) -> None:
+    """Raise TypeError where something in the reply is missing or of another kind."""
+    expected: type = dict if work.kind == "describe" else list
+    is_described = isinstance(reply.environment, dict) and {"cpu", "cores"} <= reply.environment.keys()
+    if not isinstance(reply.outcome, expected) or not is_described:
+        raise TypeError(f"no whole reply to {work.kind}")
 
 
 def _files(work: Work, options: BoardOptions, folder: Path) -> dict[str, bytes | Path]:
@@ -314,10 +341,10 @@ def _error(
         return UsageError(f"on {board.name}: {message}")
     said = last_line(errors) if errors.strip() else ""
     advice = {
-        "limit": "; give it more time with --time-limit, or measure less with --seconds",
+        "limit": "; where it was bench, give it more time with --time-limit, or measure less with --seconds",
         "crash": f": {said}" if said else "; another version of the runtime may help",
         "disk": "; free space there",
-        "python": "; install a newer one and name it with --board-python",
+        "python": "; install a newer one and name it in SEPDEPLOY_BOARD_PYTHON, or for bench with --board-python",
         "ToolError": f"; {_installation(start)}"
         if "not installed" in message or "cannot be imported" in message
         else "",
@@ -332,5 +359,6 @@ def _installation(start: Mapping[str, Any]) -> str:
     platforms = " ".join(f"--platform {tag}_{machine}" for tag in ("manylinux_2_28", "manylinux_2_17", "manylinux2014"))
     return (
         f"run there: python3 -m pip install {' '.join(_RUNTIMES)}; or here: pip download --no-deps --only-binary=:all: "
-        f"--python-version {version} {platforms} --dest wheels {' '.join(_RUNTIMES)}, then add --board-wheels wheels"
+        f"--python-version {version} {platforms} --dest wheels {' '.join(_RUNTIMES)}, then add --board-wheels wheels "
+        "(bench only); a Python there that has them can be named in SEPDEPLOY_BOARD_PYTHON"
     )

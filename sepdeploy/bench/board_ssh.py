@@ -12,7 +12,10 @@ from sepdeploy.core.readiness import Need
 from sepdeploy.core.ssh_address import SCHEME, SshAddress
 from sepdeploy.errors import SepdeployError, ToolError, UsageError
 
-__all__ = ["CONFIG_VARIABLE", "SshBoard", "ssh_needs"]
+__all__ = ["CONFIG_VARIABLE", "PYTHON_VARIABLE", "SshBoard", "ssh_needs"]
+
+PYTHON_VARIABLE = "SEPDEPLOY_BOARD_PYTHON"
+"""Names the Python on the board, where the target's name is all that is given."""
 
 CONFIG_VARIABLE = "SEPDEPLOY_SSH_CONFIG"
 """Names a configuration of ssh in the place of the user's."""
@@ -118,7 +121,7 @@ def ssh_needs(target: str) -> tuple[Need, ...]:
     if board is None:
         return (found,)
     try:
-        reply = run_on_board(board, Work("describe"), BoardOptions(limit_seconds=60))
+        reply = run_on_board(board, Work("describe"), BoardOptions(60, os.environ.get(PYTHON_VARIABLE) or None))
     except UsageError:
         raise
     except SepdeployError as error:
@@ -130,5 +133,10 @@ def ssh_needs(target: str) -> tuple[Need, ...]:
     if not runtimes:
         problem = "neither onnxruntime nor ai-edge-litert is installed there"
         fix = "python3 -m pip install numpy onnxruntime ai-edge-litert   # on the board"
+        return found, where, Need("a runtime", problem=problem, fix=fix)
+    suffix, package = (".onnx", "onnxruntime") if target.endswith(":ort") else (".tflite", "ai-edge-litert")
+    if suffix not in reply.outcome:
+        problem = f"{target} needs {package}, not installed there; bench runs files of what is: {runtimes}"
+        fix = f"python3 -m pip install numpy {package}   # on the board"
         return found, where, Need("a runtime", problem=problem, fix=fix)
     return found, where, Need("a runtime", found=runtimes)

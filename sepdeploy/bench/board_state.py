@@ -82,6 +82,8 @@ def conditions(before: BoardState, after: BoardState) -> tuple[str, ...]:
     ('governor ondemand (not performance: the clock changes with the load)', '41 to 64 C', 'throttling unknown')
     """
     found = [before.model] if before.model else []
+    if "dummy-virt" in before.model:  # what QEMU calls its machine
+        found.append("a virtual machine: its processor may be emulated")
     if not before.governors:
         found.append("governor unknown")
     elif before.governors == (_STEADY_GOVERNOR,):

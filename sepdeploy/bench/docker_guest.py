@@ -11,6 +11,7 @@ from pathlib import Path
 from sepdeploy.bench.arm_cores import ArmCore, find_core
 from sepdeploy.bench.arm_counts import compare_counts
 from sepdeploy.bench.arm_guest import GuestPlace, Launched
+from sepdeploy.bench.arm_needs import model_needs
 from sepdeploy.bench.board_files import time_files_on_board
 from sepdeploy.bench.board_run import BoardOptions, Model
 from sepdeploy.bench.docker_container import DockerBoard, named_container
@@ -93,8 +94,13 @@ def count_in_docker(
         seed: Of the random inputs.
 
     Raises:
-        ToolError: if the engine or the image is missing or fails, or a file cannot be counted.
+        ToolError: if llvm-mca, the engine or the image is missing or fails, or a file cannot be counted.
     """
+    missing = [need for need in model_needs() if need.problem]
+    if missing:
+        packages = " ".join(dict.fromkeys(package for need in missing for package in need.packages))
+        problems = ", ".join(need.problem for need in missing)
+        raise ToolError(f"the cores are modelled on this machine, and {problems}: run apt-get install {packages}")
     progress.stage(f"looking for the image {image}")
     require_docker(image)
     try:

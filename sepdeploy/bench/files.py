@@ -20,13 +20,23 @@ def describe_file(path: Path) -> Artifact:
     Raises:
         UsageError: if it is not there, or neither ONNX nor TFLite.
     """
-    suffix = path.suffix.lower().removeprefix(".")
-    if suffix not in {file_format.value for file_format in Format}:
-        raise UsageError(f"{path} is neither an .onnx nor a .tflite file; convert it first with sepdeploy convert")
+    file_format = format_of(path)
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file")
     precision = Precision.INT8 if ".int8" in path.suffixes else Precision.FLOAT32
-    return Artifact.of_file(path, format=Format(suffix), precision=precision, role=Role.CONVERTED)
+    return Artifact.of_file(path, format=file_format, precision=precision, role=Role.CONVERTED)
+
+
+def format_of(path: Path) -> Format:
+    """What the name at `path` ends with.
+
+    Raises:
+        UsageError: if that is neither ONNX nor TFLite.
+    """
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in {each.value for each in Format}:
+        raise UsageError(f"{path} is neither an .onnx nor a .tflite file; convert it first with sepdeploy convert")
+    return Format(suffix)
 
 
 def time_files(files: Sequence[Artifact], *, threads: int, seconds: float, seed: int) -> list[Latency]:

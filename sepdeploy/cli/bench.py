@@ -58,25 +58,26 @@ def command(
       sepdeploy bench demo/original/model.tflite demo/model.tflite --target ssh://pi@raspberrypi.local
       sepdeploy bench demo/model.int8.tflite --target adb --benchmark-model android_aarch64_benchmark_model
     """
-    from sepdeploy.bench.outside_programs import ended_by_signals
-
     paths = tuple(dict.fromkeys(artifacts))
     core = _arm_core(target)
     if is_per_layer and core is None:
         raise click.UsageError("--per-layer counts on an Arm core: give --target cortex-a72 or another one")
     layers: dict[str, list[LayerCounts]] = {}
-    with shown_progress(is_quiet=as_json) as progress, ended_by_signals():
+    with shown_progress(is_quiet=as_json) as progress:
+        if is_checked and core is not None:  # before the counting, which takes long
+            _check(core, paths, progress)
+        elif is_checked and (target or "").startswith("docker:") and not as_json:
+            click.echo(
+                "counts in a container: whether the files compute the same there as here is not checked", err=True
+            )
         if target is None:
             measured: Sequence[Measured] = _timed(paths, threads, seconds, progress)
         elif is_remote(target):
             measured = measure_remotely(target, paths, threads, seconds, remote, progress)
         else:
             measured = _on_target(target, paths, threads, seconds, progress)
-        if core is not None:
-            if is_checked:
-                _check(core, paths, progress)
-            if is_per_layer:
-                layers = {str(path): _layers(core, path, progress) for path in paths}
+        if core is not None and is_per_layer:
+            layers = {str(path): _layers(core, path, progress) for path in paths}
     results = {str(path): each for path, each in zip(paths, measured, strict=True)}
     if as_json:
         import json

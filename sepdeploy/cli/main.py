@@ -10,7 +10,9 @@ from types import MappingProxyType
 
 import click
 
+from sepdeploy.bench.outside_programs import ended_by_signals
 from sepdeploy.errors import ContractError, SepdeployError, ToolError, UsageError
+from sepdeploy.render.format_numbers import printable
 from sepdeploy.version import __version__
 
 __all__ = ["main", "program"]
@@ -79,7 +81,8 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     is_json = "--json" in arguments
     try:
-        result = program.main(arguments, prog_name="sepdeploy", standalone_mode=False, obj=tuple(arguments))
+        with ended_by_signals():
+            result = program.main(arguments, prog_name="sepdeploy", standalone_mode=False, obj=tuple(arguments))
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         return _stopped()
@@ -120,7 +123,7 @@ def _report(error: SepdeployError, *, is_json: bool, is_debug: bool) -> int:
     message = " ".join(str(error).split())  # the user's own code may have put lines of its own into it
     if is_json:
         _print_json(type(error).__name__, message, error.exit_code)
-    click.echo(f"sepdeploy: {message}", err=True)
+    click.echo(f"sepdeploy: {printable(message)}", err=True)
     if isinstance(error, ToolError) and error.stderr and is_debug:
         click.echo(error.stderr, err=True)
     return error.exit_code

@@ -137,7 +137,7 @@ class FloatReason(Enum):
     WEIGHTS = "its weights are not in int8"
     WEIGHTS_ONLY = "only its weights are in int8"
     OUTPUT = "its output is not in int8"
-    MIXED_FASTER = "--mixed auto: it is faster so than in int8 on the target"
+    MIXED_FASTER = "--mixed auto: it is cheaper so than in int8 on the target"
     MIXED_ACCURACY = "--mixed auto: in int8 it costs more accuracy than --max-drop allows"
     NOT_FUSED = "the runtime does not take it together with the conversions around it on this processor"
 

@@ -19,7 +19,7 @@ class Arithmetic(Enum):
 class MixReason(Enum):
     """Why a layer does not compute in int8; the value is the sentence that the user reads."""
 
-    FASTER = "it is faster so than in int8 on the target"
+    FASTER = "it is cheaper so than in int8 on the target"
     ACCURACY = "in int8 it costs more accuracy than --max-drop allows"
 
 
@@ -31,9 +31,9 @@ class MixedLayer:
         name: The layer of the network; all that it was replaced by goes along.
         arithmetic: What was chosen.
         reason: Why, None where it is int8.
-        difference: Change of the latency of the layer's block against int8, conversions around it included, of what was
+        difference: Change of the cost of the layer's block against int8, conversions around it included, of what was
             chosen, or of float32 where that is int8; None where it could not be measured.
-        difference_low: Lower end of its 95% interval.
+        difference_low: Lower end of its 95% interval where time was measured, else of its modelled range.
         difference_high: Upper end.
         sqnr_gain_db: By how much the file's outputs come nearer to the float file's with this layer alone so; None
             where that was not needed.

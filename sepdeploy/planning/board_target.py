@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sepdeploy.bench.board_files import time_files_on_board
-from sepdeploy.bench.board_run import BoardOptions, BoardReply, Model, Work, run_on_board
-from sepdeploy.bench.board_ssh import SshBoard
+from sepdeploy.bench.board_run import BoardOptions, BoardReply, Model, Work, run_on_board, understood
+from sepdeploy.bench.board_ssh import PYTHON_VARIABLE, SshBoard
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.options import target_format, target_title
@@ -27,10 +27,7 @@ if TYPE_CHECKING:
     from sepdeploy.core.measurement import Latency
     from sepdeploy.core.progress import Progress
 
-__all__ = ["PYTHON_VARIABLE", "BoardTarget", "board_kind"]
-
-PYTHON_VARIABLE = "SEPDEPLOY_BOARD_PYTHON"
-"""Names the Python on the board, where the target's name is all that is given."""
+__all__ = ["BoardTarget", "board_kind"]
 
 _UNIT = "ms"
 _METHOD = Method.WALL_CLOCK
@@ -104,8 +101,10 @@ class BoardTarget:
             progress.stage(f"timing {len(written)} forms of a layer on {self.board.name}")
             work = Work("differences", models, self.threads, seconds, seed)
             outcome = run_on_board(self.board, work, self._options(seconds, len(models))).outcome if written else []
-        found = iter(outcome)
-        return [file if isinstance(file, str) else _price(next(found)) for file in files]
+        with understood(self.board.name):
+            prices = [_price(found) for _, found in zip(written, outcome, strict=True)]
+        left = iter(prices)
+        return [file if isinstance(file, str) else next(left) for file in files]
 
     def compare(self, files: Sequence[Artifact], *, seconds: float, seed: int) -> list[Latency]:
         """Latency of whole files, from interleaved rounds; see `Target`."""

@@ -16,12 +16,15 @@ Kept = dict[str, Arithmetic]
 """Layer -> how it computes, of those that do not compute in int8."""
 
 _TRIES = 6
-"""Mixes that are measured as wholes on the way to the fastest that holds the limit."""
+"""Mixes that are measured as wholes on the way to the cheapest that holds the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Change of the latency of a layer's block against int8, conversions around it included, with its 95% interval."""
+    """Change of the cost of a layer's block against int8, conversions around it included.
+
+    `low` and `high` are the ends of its 95% interval where time was measured, else of its modelled range.
+    """
 
     difference: float
     low: float
@@ -71,11 +74,11 @@ class MixSearch:
         for name, costs in self.costs.items():
             sure = {arithmetic: cost for arithmetic, cost in costs.items() if cost.high < 0}
             if sure:
-                kept[name] = min(sure, key=lambda arithmetic: sure[arithmetic].high)
+                kept[name] = min(sure, key=lambda arithmetic: sure[arithmetic].difference)
         if kept and not self.is_faster(kept):
             self._notes.append(
-                f"{len(kept)} layers measured faster in float one by one, but the file as a whole did not: they stay "
-                "in int8 for speed"
+                f"{len(kept)} layers are cheaper in float on the target one by one, but the file as a whole is not: "
+                "they stay in int8 for speed"
             )
             return {}
         return kept

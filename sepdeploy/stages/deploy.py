@@ -23,7 +23,7 @@ from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import replacing, sha256_of_file
 from sepdeploy.core.int8 import IoType, PlaceRange, RangeMethod
 from sepdeploy.core.measurement import Counts, Measured, Method, Quality
-from sepdeploy.core.options import ConvertOptions, target_for
+from sepdeploy.core.options import ConvertOptions, target_for, target_format
 from sepdeploy.core.plan import Plan, lowered_for
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import ArtifactResult
@@ -437,7 +437,13 @@ def target_cost(results: Sequence[ArtifactResult], options: ConvertOptions) -> M
 
 
 def measure_cost(results: list[ArtifactResult], options: ConvertOptions, progress: Progress) -> list[ArtifactResult]:
-    """Time or count every file on the target's processor, each converted one beside the original of its kind."""
+    """Time or count every file on the target's processor, each converted one beside the original of its kind.
+
+    Files of the target's other format stay unmeasured where the target cannot run them.
+
+    Raises:
+        ToolError: if the files of the target's format cannot be measured.
+    """
     measured = []
     for file_format in options.formats:
         for precision in options.precisions:
@@ -448,7 +454,15 @@ def measure_cost(results: list[ArtifactResult], options: ConvertOptions, progres
             pair.sort(key=lambda r: r.artifact.role is not Role.ORIGINAL)  # the first is the reference
             # Without asking for all that pricing needs: files of the other format run without it.
             target = kind.make(precision, options.threads)
-            found = target.compare([r.artifact for r in pair], seconds=options.bench_seconds, seed=options.seed)
+            try:
+                found = target.compare([r.artifact for r in pair], seconds=options.bench_seconds, seed=options.seed)
+            except ToolError as error:
+                if file_format is target_format(options.target):
+                    raise
+                # Hours of work are not lost because a board has no runtime for the other format.
+                progress.stage(f"{file_format.value} {precision.value} files stay unmeasured: {error}")
+                measured += pair
+                continue
             measured += [_with_measured(r, each) for r, each in zip(pair, found, strict=True)]
     return measured
 

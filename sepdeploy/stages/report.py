@@ -280,7 +280,7 @@ def _speed_check(options: ConvertOptions, plan: Plan, converted: ArtifactResult)
     )
     if not is_faster:
         sentence += (
-            "; it was when the plan was checked: this machine is busier or slower now, repeat on an idle one"
+            "; it was when the plan was checked: what it runs on is busier or slower now, repeat when it is idle"
             if options.selects
             else "; try --scheme auto, another --target or another --precision"
         )

@@ -49,7 +49,7 @@ def test_what_is_surely_faster_in_float_is_in_float():
 def test_the_whole_has_to_be_faster():
     found, _ = search(None, is_faster=False)
     assert found.kept == {}
-    assert any("as a whole did not" in note for note in found.notes)
+    assert any("as a whole is not" in note for note in found.notes)
 
 
 def test_a_limit_that_holds_changes_nothing():

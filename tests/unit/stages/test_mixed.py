@@ -126,7 +126,7 @@ def test_what_is_faster_in_float_is_so_in_the_file(folder, measured):
     assert [(layer.name, layer.reason) for layer in plan.layers] == [("0", None), ("2", MixReason.FASTER)]
     *notes, last = mixed_notes(plan)
     assert any("3 could not be measured in float: it does not run" in note for note in notes)
-    assert "1 of 2 layers are not in int8: 2 (float32, -0.5 ms: it is faster so" in last
+    assert "1 of 2 layers are not in int8: 2 (float32, -0.5 ms: it is cheaper so" in last
     count = len(measured)
     run.deploy()
     assert len(measured) == count  # nothing is measured again

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 
-from sepdeploy.bench import board_run
+from sepdeploy.bench import board_connection, board_run
 from sepdeploy.bench.board_files import time_files_on_board
 from sepdeploy.bench.board_run import PYTHON_PROGRAM, BoardOptions, Model, Work, run_on_board
 from sepdeploy.core.files import sha256_of_file
@@ -166,3 +167,20 @@ def test_no_descriptor_is_left(here):
         run_on_board(here, Work("describe"), BoardOptions())
     after = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0  # noqa: PTH208
     assert after <= before
+
+
+WHOLE = {"environment": {"cpu": "x", "cores": 1}, "conditions": []}
+
+
+@pytest.mark.parametrize(
+    ("event", "outcome"),
+    [({}, None), ({"environment": {}, "conditions": []}, []), (WHOLE, 3), (WHOLE, [])],
+)
+def test_a_reply_that_nobody_understands(onnx_file, tmp_path, event, outcome):
+    start = {"event": "start", "magic": board_connection.MAGIC, "python": [3, 11, 2], "machine": "x"}
+    result = {"event": "result", "emulator": None, "outcome": outcome, **event} if event else {"event": "result"}
+    reply = tmp_path / "reply"
+    reply.write_text("".join(f"{json.dumps(each)}\n" for each in (start, result, {"event": "end"})))
+    board = SimpleNamespace(name="ssh://odd", command=lambda: ["sh", "-c", f"cat {reply}; cat >/dev/null"])
+    with pytest.raises(ToolError, match="ssh://odd answered something that sepdeploy does not understand"):
+        time_files_on_board(board, [Model(onnx_file)], threads=1, seconds=0.1, seed=0, options=BoardOptions())
