@@ -66,7 +66,7 @@ def command(
     with shown_progress(is_quiet=as_json) as progress:
         if is_checked and core is not None:  # before the counting, which takes long
             _check(core, paths, progress)
-        elif is_checked and (target or "").startswith("docker:") and not as_json:
+        elif is_checked and (target or "").startswith("docker:cortex-") and not as_json:
             click.echo(
                 "counts in a container: whether the files compute the same there as here is not checked", err=True
             )

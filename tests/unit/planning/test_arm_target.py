@@ -24,8 +24,8 @@ from sepdeploy.planning.price import price_blocks
 from sepdeploy.planning.target import bench_target, find_target
 from sepdeploy.schemes.scheme import find_scheme
 
-SPEC = ConvSpec(32, 32, (3, 3), padding=(1, 1, 1, 1))
-DENSE = dense_block(SPEC, (6, 6), activation="relu")
+SPEC = ConvSpec(64, 64, (3, 3), padding=(1, 1, 1, 1))
+DENSE = dense_block(SPEC, (12, 12), activation="relu")
 SEPARABLE = replace(DENSE, form=find_scheme("depthwise_separable").design(SPEC, SchemeOptions(terms=1)))
 
 emulated = pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(missing_tools())}")
