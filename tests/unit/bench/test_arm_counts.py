@@ -208,8 +208,8 @@ def test_differences_are_shares_of_what_is_allowed() -> None:
 
 @pytest.mark.parametrize("wrong_from", [0, 1, 37, 99])
 def test_a_mismatch_names_where_it_starts(wrong_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefixes = [Prefix(f"operator {i}", Path(f"{i}.onnx")) for i in range(99)] + [
-        Prefix("operator 99", Path("net.onnx"))
+    prefixes = [Prefix(f"operator {i}", Path(f"{i}.tflite")) for i in range(99)] + [
+        Prefix("operator 99", Path("net.tflite"))
     ]
     runs = []
 
@@ -221,5 +221,5 @@ def test_a_mismatch_names_where_it_starts(wrong_from: int, monkeypatch: pytest.M
     monkeypatch.setattr(arm_numerics, "_differences", differences)
     monkeypatch.setattr(arm_numerics, "write_prefixes", lambda path, folder: prefixes)
     with pytest.raises(ToolError, match=rf"outputs differ by 5 times .*; it starts at operator {wrong_from}$"):
-        arm_numerics.check_numerics(A72, Path("net.onnx"), Silent())
+        arm_numerics.check_numerics(A72, Path("net.tflite"), Silent())
     assert len(runs) <= 4
