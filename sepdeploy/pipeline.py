@@ -183,7 +183,9 @@ def _planner(
 
     def timed(plan: Plan, network: nn.Module) -> Measured:
         """The target's file of a network that was only transferred, against the original's: weights are no matter."""
-        only_target = replace(options, formats=(target_format(options.target),), int8=PLAIN)
+        only_target = replace(
+            options, formats=(target_format(options.target),), int8=replace(PLAIN, io=options.int8.io)
+        )
         sha256 = sha256_of_bytes(to_json(plan).encode())
         results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, sha256, progress, plan)
         return target_cost([original, target_result(results, options, Role.CONVERTED)], options)

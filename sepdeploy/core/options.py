@@ -280,6 +280,8 @@ class ConvertOptions:
             raise UsageError("--mixed auto is about the target's int8 file: add --precision int8")
         if self.precision not in self.precisions:
             raise UsageError(f"--precision {self.precision.value} is left out of --precisions; add it")
+        if self.training.is_quantization_aware and Precision.INT8 not in self.precisions:
+            raise UsageError("--qat is about int8 files: add int8 to --precisions")
         if self.lowering is not None and len(set(self.lowering)) < len(self.lowering):
             raise UsageError(f"--lowering names one twice: {','.join(self.lowering)}")
         if self.transfer not in ("anchored", "data-free"):

@@ -65,9 +65,10 @@ class Histogram:
 
     def _widen(self, largest: float) -> None:
         """Make the bins reach `largest`."""
-        if largest <= 0 or largest <= self.width * _HALF:
+        least = float(np.finfo(np.float32).tiny)
+        if largest < least or largest <= self.width * _HALF:  # what is smaller has no scale: as good as 0
             return
-        width = float(2.0 ** np.ceil(np.log2(largest / _HALF)))
+        width = max(float(2.0 ** np.ceil(np.log2(largest / _HALF))), least)
         if self.width:
             factor = int(width / self.width)
             folds = min(factor, 2 * _HALF)

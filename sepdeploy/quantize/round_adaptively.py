@@ -103,6 +103,8 @@ def _layers(graph: GraphModule) -> dict[int, _Layer]:
         weight, name = float_weight(graph, node), operator(node)
         if weight is None or name not in ("conv2d", "linear") or weight[0].numel() > _MOST_FEATURES:
             continue
+        if name == "conv2d" and len(node.args) > 4 and isinstance(node.args[4], str):
+            continue  # padding="same": its patches are not those of a number
         groups = int(node.args[6]) if name == "conv2d" and len(node.args) > 6 else 1
         n = weight[0].numel()
         found.setdefault(

@@ -35,7 +35,7 @@ from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import Evaluator, run_network
 from sepdeploy.planning.target import find_kind, find_target
 from sepdeploy.quantize.saturation import saturates_u8s8
-from sepdeploy.stages.int8 import Int8Network, prepare_network, range_images
+from sepdeploy.stages.int8 import Int8Network, Int8Record, prepare_network, range_images
 from sepdeploy.stages.int8_proof import prove_int8
 from sepdeploy.stages.load import Inputs
 from sepdeploy.stages.mixed import Mixer, explained, read_mixed
@@ -141,9 +141,11 @@ def deploy(
     folded = cache(lambda: fold_network(network, traced, batch))  # only where there is something to export
     for file_format in options.formats:  # a lowering that does not exist is refused before anything takes long
         _lowering(options, file_format, Precision.FLOAT32, network, plan)
-    prepared = prepare_network(
-        store, options.int8, inputs, traced, folded, role, weights_sha256, options.seed, progress, settled
-    )
+    prepared = Int8Network(Int8Record("minmax", False, None, (), ()), folded)
+    if Precision.INT8 in options.precisions:
+        prepared = prepare_network(
+            store, options.int8, inputs, traced, folded, role, weights_sha256, options.seed, progress, settled
+        )
     maker = _FileMaker(store, options, inputs, network, folded, prepared, batch, role, weights_sha256, progress)
     results = []
     for file_format in options.formats:

@@ -39,8 +39,9 @@ def find_faults(options: ConvertOptions, drops: Drops, images: int) -> tuple[Fau
     if limit is None or drops.file <= limit:
         return ()
     faults = []
-    if drops.network > limit:
-        faults.append(Fault("transfer", drops.network, tuple(_transfer_advice(options, images))))
+    if drops.network > limit or options.precision is not Precision.INT8:  # a float file differs by some few images
+        points = drops.network if drops.network > limit else drops.file
+        faults.append(Fault("transfer", points, tuple(_transfer_advice(options, images))))
     if options.precision is Precision.INT8 and (drops.network <= limit or drops.quantization > limit):
         faults.append(Fault("quantization", drops.quantization, tuple(_quantization_advice(options, images))))
     return tuple(sorted(faults, key=lambda fault: -fault.points))

@@ -83,6 +83,9 @@ class Mixer:
         target = find_target(self.options.target, Precision.INT8, self.options.threads)
         files = _Files(self, target, source, int8, is_channels_last=is_channels_last)
         key = {
+            **self.inputs.network_key(),
+            "seed": self.options.seed,
+            "bench_seconds": self.options.bench_seconds,
             "source": sha256_of_file(source),
             "int8": sha256_of_file(int8),
             "target": target.key(),

@@ -222,7 +222,7 @@ def _accuracy_check(
         sentence += ", or a higher --max-drop"
     if any(fault.stage == "quantization" for fault in faults) and drops.original_file is not None:
         sentence += f" (the original network loses {drops.original_file:.2f} in {options.precision.value})"
-    return Check("accuracy", not faults, sentence, faults)
+    return Check("accuracy", drops.file <= limit, sentence, faults)
 
 
 def _limit_checks(

@@ -78,3 +78,9 @@ def test_zero_has_a_code_and_the_ends_stay_within_half_a_step():
         assert abs(affine.low - low) <= 0.51 * affine.scale
         assert abs(affine.high - high) <= 0.51 * affine.scale
         assert affine_of_range(affine.low, affine.high) == affine
+
+
+@pytest.mark.parametrize("method", CALIBRATION_METHODS)
+def test_values_too_small_for_a_scale_count_as_zero(method):
+    values = histogram(np.array([1e-42, -3e-41, 0.0], np.float32))
+    assert affine_of_range(*range_of(values, method)).scale > 0

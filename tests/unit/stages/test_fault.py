@@ -121,3 +121,17 @@ def test_the_sentence_says_which_stage_lost_how_much():
     assert held.is_met
     assert held.faults == ()
     assert held.sentence.endswith("the limit is 1")
+
+
+def test_a_float_file_that_loses_more_than_its_network_breaks_the_limit():
+    def result(role, points):
+        quality = Quality(500, 0.9, 0.9, 20.0, 0.1, points, "accuracy")
+        return SimpleNamespace(
+            artifact=SimpleNamespace(role=role, format=Format.ONNX, precision=Precision.FLOAT32), quality=quality
+        )
+
+    results = [result(Role.ORIGINAL, 0.0), result(Role.CONVERTED, 1.5)]
+    network = Quality(500, 0.9, 0.9, 20.0, 0.1, 0.9, "accuracy")
+    check = _accuracy_check(FLOAT, results, results[1].quality, network, 512)
+    assert not check.is_met
+    assert [fault.stage for fault in check.faults] == ["transfer"]
