@@ -211,7 +211,9 @@ def sleeper(tmp_path):
 
 
 def test_the_time_limit_holds_there(board, ssh_boards, sleeper):
-    with pytest.raises(ToolError, match=r"it took more than 0.2 s; where it was bench, give it more time with --time-limit"):
+    with pytest.raises(
+        ToolError, match=r"it took more than 0.2 s; where it was bench, give it more time with --time-limit"
+    ):
         run_on_board(board("native"), Work("describe"), BoardOptions(limit_seconds=0.2, python=sleeper))
     assert ssh_boards.left_behind("native") == []
     assert ssh_boards.still_running("native") == []
