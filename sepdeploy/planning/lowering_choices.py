@@ -17,18 +17,19 @@ from sepdeploy.schemes.module import ChainConv2d
 
 __all__ = ["lowering_choices"]
 
+_TERMS = (("terms_as_concat",), ("terms_as_multiplier",))
 _ALTERNATIVES: Mapping[tuple[Format, Precision], tuple[tuple[str, ...], ...]] = MappingProxyType(
     {
-        (Format.ONNX, Precision.FLOAT32): (("fold_shuffle",), ("shuffle_channels_last",), ("terms_as_multiplier",)),
+        (Format.ONNX, Precision.FLOAT32): (("fold_shuffle",), ("shuffle_channels_last",), *_TERMS),
         (Format.ONNX, Precision.INT8): (
             ("shuffle_gather",),
             ("shuffle_channels_last",),
             ("split_groups",),
             ("fold_shuffle", "split_groups"),
-            ("terms_as_multiplier",),
+            *_TERMS,
         ),
-        (Format.TFLITE, Precision.FLOAT32): (("fold_shuffle",), ("terms_as_multiplier",)),
-        (Format.TFLITE, Precision.INT8): (("fold_shuffle",), ("terms_as_multiplier",)),
+        (Format.TFLITE, Precision.FLOAT32): (("fold_shuffle",), *_TERMS),
+        (Format.TFLITE, Precision.INT8): (("fold_shuffle",), *_TERMS),
     }
 )
 """Besides the default, and after norms are folded.
@@ -65,7 +66,7 @@ def lowering_choices(form: ChainSum, file_format: Format, precision: Precision) 
 def _possible(form: ChainSum) -> set[str]:
     """Lowerings that have something to change, by a look at the form: trying one takes much longer."""
     stages = [stage for chain in form.terms for stage in chain.leaves()]
-    possible = {"terms_as_multiplier"} if len(form.terms) > 1 else set()
+    possible = {"terms_as_multiplier", "terms_as_concat"} if len(form.terms) > 1 else set()
     if any(isinstance(stage, Norm) for stage in stages):
         possible.add("fold_norm")
     if any(isinstance(stage, Shuffle) for stage in stages):

@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 __all__ = ["OnnxTensors", "quantize_onnx"]
 
 _SAME_SCALE = frozenset(
-    {"AveragePool", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze",
-     "Transpose", "Unsqueeze"}
+    {"AveragePool", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape", "Resize", "Slice", "Split",
+     "Squeeze", "Transpose", "Unsqueeze"}
 )  # fmt: skip
+_UNJOINED = _SAME_SCALE | {"Clip", "Concat", "Sigmoid", "Softmax", "Tanh"}
+"""Operators whose output keeps its scale where it is joined to others; a Clip, because onnxruntime leaves it out."""
+
 _FUSING = frozenset({"Add", "Conv", "ConvTranspose", "Gemm", "MatMul", "Mul", "Sub"})
 
 
@@ -90,6 +93,9 @@ def _quantized(
         model = onnx.load(str(prepared))
     name, shape = _single_input(model, source)
     affines = ranges_of_file(OnnxTensors(model, name), checked_images(images, shape), places, method)
+    # onnxruntime leaves a Relu out before it is quantized: only a zero point of 0 does the same. The scale is kept.
+    rectified = [output for node in model.graph.node if node.op_type == "Relu" for output in node.output]
+    affines |= {each: Affine(affines[each].scale, 0) for each in rectified if each in affines}
     with quiet():
         # What `quantize_static` does after calibrating.
         quantizer = QDQQuantizer(
@@ -204,7 +210,10 @@ def _flowing_tensors(graph: onnx.GraphProto, input_name: str) -> list[str]:
 
 
 def _aliases(graph: onnx.GraphProto, flowing: Iterable[str]) -> dict[str, str]:
-    """Tensors that are moved from another one, or that only an activation reads which is computed with them."""
+    """Tensors that are moved from another one, or that only one operator reads: an activation or a concatenation.
+
+    An activation is computed with the operator before it; parts of a concatenation have its scale, as in TFLite.
+    """
     known = {*flowing}
     outputs = {output.name for output in graph.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -215,8 +224,12 @@ def _aliases(graph: onnx.GraphProto, flowing: Iterable[str]) -> dict[str, str]:
     for node in graph.node:
         if node.op_type in _SAME_SCALE and node.input[0] in known:
             aliases |= dict.fromkeys(node.output, node.input[0])
-        elif node.op_type in _FUSING and node.output[0] not in outputs:
-            after = readers.get(node.output[0], [])
-            if len(after) == 1 and after[0].op_type in ("Relu", "Clip"):
-                aliases[node.output[0]] = after[0].output[0]
+            continue
+        after = readers.get(node.output[0], [])
+        if len(after) != 1 or node.output[0] in outputs or node.output[0] not in known:
+            continue
+        is_fused = node.op_type in _FUSING and after[0].op_type in ("Relu", "Clip")
+        is_joined = node.op_type not in _UNJOINED and after[0].op_type == "Concat"
+        if is_fused or is_joined:
+            aliases[node.output[0]] = after[0].output[0]
     return aliases

@@ -22,7 +22,7 @@ from sepdeploy.quantize.correct_biases import correct_biases
 from sepdeploy.quantize.file_ranges import PROBES, fingerprint
 from sepdeploy.quantize.ranges import affine_of_range, range_of
 from sepdeploy.quantize.round_adaptively import round_adaptively
-from sepdeploy.quantize.simulate import fake_quantized, observe, quantized_places, watch
+from sepdeploy.quantize.simulate import fake_quantized, observe, prescribed_affines, quantized_places, watch
 
 __all__ = ["Batches", "Prepared", "prepare_int8", "sqnr_db"]
 
@@ -184,8 +184,10 @@ def _calibrated(network: nn.Module, graph: GraphModule, fit: Batches, judge: _Ju
     methods: tuple[RangeMethod, ...] = CALIBRATION_METHODS if wanted == "auto" else (wanted,)
     tried: dict[RangeMethod, float] = {}
     results: dict[RangeMethod, dict[str, Affine]] = {}
+    prescribed = prescribed_affines(graph)
     for method in methods:
-        results[method] = {name: affine_of_range(*range_of(each, method)) for name, each in histograms.items()}
+        found = {name: affine_of_range(*range_of(each, method)) for name, each in histograms.items()}
+        results[method] = found | prescribed
         tried[method] = judge.sqnr_db(fake_quantized(graph, results[method]))
     best = max(methods, key=lambda method: tried[method])  # the first of equals
     return _State(network, graph, best, results[best], tried[best], tried)

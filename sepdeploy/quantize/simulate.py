@@ -8,6 +8,7 @@ straight-through estimator (Bengio et al., "Estimating or Propagating Gradients 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,14 +24,26 @@ __all__ = [
     "QuantizeWeight",
     "fake_quantized",
     "observe",
+    "prescribed_affines",
     "quantized_places",
     "source_place",
     "watch",
     "weight_scales",
 ]
 
-_SAME_SCALE = MOVING | {"max_pool2d", "max_pool1d", "avg_pool2d", "adaptive_max_pool2d"}
+_SAME_SCALE = MOVING | {
+    *("max_pool2d", "max_pool1d", "avg_pool2d", "adaptive_max_pool2d"),
+    *("upsample_nearest2d", "upsample_bilinear2d"),
+}
 """Operators whose output has the codes of their input: nothing is rounded anew, except where tensors are joined."""
+
+_PRESCRIBED: Mapping[str, Affine] = MappingProxyType(
+    {"sigmoid": Affine(1 / 256, 0), "softmax": Affine(1 / 256, 0), "tanh": Affine(1 / 128, 128)}
+)
+"""Operators whose results have a scale that TFLite prescribes, whatever they are."""
+
+_UNJOINED = _PRESCRIBED.keys() | {"cat", "stack"}
+"""Operators whose output keeps its own scale when it is joined to others."""
 
 _FUSED_ACTIVATIONS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min"})
 _FUSING = WEIGHTED | {"add", "sub", "mul", "getitem", "batch_norm"}
@@ -40,7 +53,8 @@ def quantized_places(graph: GraphModule) -> tuple[Node, ...]:
     """Nodes whose values both runtimes hold in 8 bits with a scale of their own, in order.
 
     The input, and whatever computes: convolutions with the activation that is fused to them, sums, products, joined
-    tensors, global pooling. What only moves values keeps their codes.
+    tensors, global pooling. What only moves values keeps their codes. What only a concatenation reads is computed in
+    its scale, as TFLite's concatenation demands.
     """
     flowing = activation_nodes(graph)
     places = []
@@ -50,10 +64,15 @@ def quantized_places(graph: GraphModule) -> tuple[Node, ...]:
         name = operator(node)
         moves = name in _SAME_SCALE and name not in ("cat", "stack")
         is_norm = name == "getitem" and "norm" in operator(node.args[0])
-        if (moves and not is_norm) or _is_fused(node):
+        if (moves and not is_norm) or _is_fused(node) or _is_joined(node):
             continue
         places.append(node)
     return tuple(places)
+
+
+def prescribed_affines(graph: GraphModule) -> dict[str, Affine]:
+    """Scale and zero point of the places that have no choice, by name."""
+    return {n.name: _PRESCRIBED[operator(n)] for n in quantized_places(graph) if operator(n) in _PRESCRIBED}
 
 
 def source_place(node: Node, places: frozenset[Node] | set[Node]) -> Node | None:
@@ -74,6 +93,13 @@ def _is_fused(node: Node) -> bool:
     """Whether an activation that alone reads the node is computed with it."""
     reader = sole_reader(node)
     return reader is not None and operator(node) in _FUSING and operator(reader) in _FUSED_ACTIVATIONS
+
+
+def _is_joined(node: Node) -> bool:
+    """Whether the node writes its part of a concatenation, which alone reads it."""
+    reader = sole_reader(node)
+    joins = reader is not None and operator(reader) == "cat"
+    return joins and node.op == "call_function" and operator(node) not in _SAME_SCALE | _UNJOINED
 
 
 class _Watcher(Interpreter):

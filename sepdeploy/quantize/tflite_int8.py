@@ -22,8 +22,11 @@ __all__ = ["TfliteTensors", "quantize_tflite"]
 
 _SAME_SCALE = frozenset(
     {"AVERAGE_POOL_2D", "BROADCAST_TO", "GATHER", "GATHER_ND", "MAX_POOL_2D", "MIRROR_PAD", "PAD", "RESHAPE",
-     "RESIZE_NEAREST_NEIGHBOR", "SLICE", "SPACE_TO_DEPTH", "SPLIT", "STRIDED_SLICE", "TRANSPOSE", "UNPACK"}
+     "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "SLICE", "SPACE_TO_DEPTH", "SPLIT", "STRIDED_SLICE", "TRANSPOSE",
+     "UNPACK"}
 )  # fmt: skip
+_UNJOINED = _SAME_SCALE | {"CONCATENATION", "LOGISTIC", "PACK", "SOFTMAX", "TANH"}
+"""Operators whose output keeps its scale where it is joined to others."""
 
 
 def quantize_tflite(
@@ -134,18 +137,33 @@ def _flow(source: Path, names: list[str]) -> tuple[set[int], dict[str, str]]:
     """Tensors that an operator makes, by index, and those that have the codes of another, by name."""
     from ai_edge_litert import schema_py_generated as schema
 
-    operators = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    codes = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
     model = schema.Model.GetRootAs(source.read_bytes(), 0)
     graph = model.Subgraphs(0)
     makers: set[int] = set()
     aliases: dict[str, str] = {}
+    readers: dict[int, list[tuple[str, int]]] = {}  # tensor -> the operators that read it, with what they make
+    for k in range(graph.OutputsLength()):
+        readers.setdefault(graph.Outputs(k), []).append(("", -1))
+    operators = []
     for op in (graph.Operators(i) for i in range(graph.OperatorsLength())):
         code = model.OperatorCodes(op.OpcodeIndex())
+        name = codes[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+        inputs = [op.Inputs(k) for k in range(op.InputsLength())]
         outputs = [op.Outputs(k) for k in range(op.OutputsLength())]
+        operators.append((name, inputs, outputs))
         makers |= {*outputs}
-        if operators[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] in _SAME_SCALE:
-            data = 1 if operators[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] == "SPLIT" else 0
-            aliases |= {names[output]: names[op.Inputs(data)] for output in outputs}
+        for tensor in inputs:
+            readers.setdefault(tensor, []).append((name, outputs[0]))
+    for name, inputs, outputs in operators:
+        if name in _SAME_SCALE:
+            data = 1 if name == "SPLIT" else 0
+            aliases |= {names[output]: names[inputs[data]] for output in outputs}
+            continue
+        for output in outputs:
+            after = readers.get(output, [])
+            if len(after) == 1 and after[0][0] == "CONCATENATION" and name not in _UNJOINED:
+                aliases[names[output]] = names[after[0][1]]
     return makers, aliases
 
 

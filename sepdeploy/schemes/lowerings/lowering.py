@@ -31,6 +31,7 @@ class Refusal(Enum):
     NO_TERMS = "it is no sum of several terms"
     TERMS_DIFFER = "its terms are not depthwise convolutions of one geometry, each followed by a 1x1 convolution"
     TERMS_DO_NOT_GROUP = "the groups of its 1x1 convolution would be of unequal size once terms and channels mix"
+    TERMS_END_OTHERWISE = "its terms do not all end in dense 1x1 convolutions of one geometry, with a stage before them"
     NO_MULTIPLIER = "it has no depthwise convolution with a channel multiplier that a 1x1 convolution reads"
     NO_NEIGHBOURS = "it has no two 1x1 convolutions in a row"
     PADDED_NEIGHBOUR = "the second of its two 1x1 convolutions pads, which the first cannot do for it"
@@ -113,6 +114,12 @@ def _terms_as_branches() -> Lowering:
     return TERMS_AS_BRANCHES
 
 
+def _terms_as_concat() -> Lowering:
+    from sepdeploy.schemes.lowerings.concat_terms import TERMS_AS_CONCAT
+
+    return TERMS_AS_CONCAT
+
+
 def _merge_pointwise() -> Lowering:
     from sepdeploy.schemes.lowerings.merge_pointwise import MERGE_POINTWISE
 
@@ -154,6 +161,7 @@ LOWERINGS: Mapping[str, Callable[[], Lowering]] = MappingProxyType(
         "fold_shuffle": _fold_shuffle,
         "terms_as_multiplier": _terms_as_multiplier,
         "terms_as_branches": _terms_as_branches,
+        "terms_as_concat": _terms_as_concat,
         "merge_pointwise": _merge_pointwise,
         "fold_norm": _fold_norm,
         "resnext": _resnext,

@@ -39,6 +39,7 @@ CASES = [
     (("shuffle_channels_last", "shuffle_gather"), chain(GROUPED, Shuffle(4), POINTWISE)),
     (("fold_shuffle",), chain(UNEVEN, Shuffle(3), Factor(8, 8, (1, 1), groups=3))),
     (("terms_as_multiplier",), ChainSum((Chain((DEPTHWISE, POINTWISE)),) * 2)),
+    (("terms_as_concat",), ChainSum((Chain((DEPTHWISE, POINTWISE)),) * 2)),
     (("terms_as_branches",), chain(Factor(8, 16, (3, 3), padding=(1, 1, 1, 1), groups=8), Factor(16, 8, (1, 1)))),
     (("merge_pointwise",), chain(POINTWISE, Shuffle(3), POINTWISE)),
     (("fold_norm",), chain(UNEVEN, Norm(8), Shuffle(2), POINTWISE)),

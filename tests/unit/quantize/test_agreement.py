@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from sepdeploy.analyze.flow_graph import capture_graph
 from sepdeploy.analyze.trace import trace_network
@@ -71,6 +72,9 @@ class Files:
     def int8_tflite(self):
         return self.tflite.with_suffix(".int8.tflite")
 
+    def affines(self):
+        return affines_of_onnx(self.int8_onnx), affines_of_tflite(self.int8_tflite)
+
     def outputs(self, batch):
         return (
             open_session(self.int8_onnx).predict(batch),
@@ -93,7 +97,7 @@ def test_files_and_simulation_agree(files, validation):
     if saturates_u8s8():
         pytest.skip("this processor needs 7-bit weights in ONNX files, so the two files differ by design")
     graph = capture_graph(files.prepared.network, torch.from_numpy(files.images[0]))
-    affines = affines_of_onnx(files.int8_onnx), affines_of_tflite(files.int8_tflite)
+    affines = files.affines()
     tensors = OnnxTensors(onnx.load(str(files.onnx)), "input"), TfliteTensors(files.tflite)
     probes = files.images[:2], files.images_nhwc[:2]
     simulated = []
@@ -110,9 +114,39 @@ def test_files_and_simulation_agree(files, validation):
     assert agreement_ratio(of_tflite, simulated[1], step) >= 0.99
 
 
+class Joined(nn.Module):
+    """Concatenations of what only they read, of what others read too, of a sigmoid, and of enlarged maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.left, self.right = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.down, self.gate = nn.Conv2d(12, 6, 3, stride=2, padding=1), nn.Conv2d(6, 4, 1)
+        self.enlarge = nn.Upsample(scale_factor=2, mode="nearest")
+        self.last = nn.Conv2d(30, 5, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        y = torch.cat([self.left(x).relu(), self.right(10 * x)], 1)
+        z = self.down(y)
+        z = self.enlarge(torch.cat([z, self.gate(z).sigmoid()], 1))
+        return self.last(torch.cat([x, y, z], 1)).mean((2, 3))
+
+
+def test_what_is_joined_has_one_scale_in_both_files(calibration, validation, tmp_path):
+    pytest.importorskip("litert_torch", reason="needs sepdeploy[tflite]")
+    torch.manual_seed(0)
+    net = Joined().eval()
+    found = Files(net, calibration, tmp_path)
+    of_onnx, of_tflite = ({round(each.scale, 9) for each in affines.values()} for affines in found.affines())
+    assert of_onnx == of_tflite
+    if not saturates_u8s8():
+        assert agreement_ratio(*found.outputs(validation), output_steps(found.int8_onnx)) >= 0.99
+
+
 def test_files_have_the_ranges_of_the_network(files):
     wanted = {(round(p.affine.scale, 9), p.affine.zero_point) for p in files.prepared.places}
-    for found in (affines_of_onnx(files.int8_onnx), affines_of_tflite(files.int8_tflite)):
+    for found in files.affines():
         assert {(round(each.scale, 9), each.zero_point) for each in found.values()} >= wanted
 
 

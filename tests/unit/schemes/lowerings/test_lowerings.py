@@ -183,6 +183,22 @@ def test_terms_without_biases_and_within_a_chain(lower):
     assert lower(multiplied, "terms_as_branches") == form
 
 
+@pytest.mark.parametrize("terms", [2, 3])
+def test_terms_are_concatenated_for_one_pointwise_convolution(lower, terms):
+    term = Chain((DEPTHWISE, pointwise(6, 12, bias=False)))
+    form = ChainSum((Chain((DEPTHWISE, pointwise(6, 12))), *[term] * (terms - 1)))
+    concatenated = lower(form, "terms_as_concat")
+    assert concatenated == as_sum(Towers((Chain((DEPTHWISE,)),) * terms, "concat"), pointwise(6 * terms, 12))
+    assert sees_the_same(concatenated, form)
+
+
+def test_terms_of_any_kind_and_within_a_chain_are_concatenated(lower):
+    first = (Factor(6, 3, (3, 1), padding=(1, 1, 0, 0)), Activation("relu"), pointwise(3, 8, bias=False))
+    form = as_sum(pointwise(4, 6), Towers((Chain(first), Chain((pointwise(6, 5), pointwise(5, 8)))), "sum"))
+    middle = Towers((Chain(first[:-1]), Chain((pointwise(6, 5),))), "concat")
+    assert lower(form, "terms_as_concat") == as_sum(pointwise(4, 6), middle, pointwise(8, 8))
+
+
 def test_pointwise_convolutions_in_a_row_are_one(lower):
     stages = (
         pointwise(8, 9, 3, stride=(2, 1), padding=(1, 0, 2, 0)),
@@ -334,6 +350,10 @@ REFUSALS = {
         ChainSum((Chain((DEPTHWISE, pointwise(6, 8))), Chain((replace(DEPTHWISE, stride=(1, 1)), pointwise(6, 8))))),
     ),
     Refusal.TERMS_DO_NOT_GROUP: ("terms_as_multiplier", ChainSum((Chain((DEPTHWISE, pointwise(6, 8, 4))),) * 2)),
+    Refusal.TERMS_END_OTHERWISE: (
+        "terms_as_concat",
+        ChainSum((Chain((DEPTHWISE, pointwise(6, 8))), Chain((DEPTHWISE, pointwise(6, 8, 2))))),
+    ),
     Refusal.NO_MULTIPLIER: ("terms_as_branches", as_sum(DEPTHWISE, pointwise(6, 6))),
     Refusal.NO_NEIGHBOURS: ("merge_pointwise", as_sum(pointwise(4, 4), Activation("relu"), pointwise(4, 4))),
     Refusal.PADDED_NEIGHBOUR: (
@@ -368,6 +388,13 @@ def test_every_refusal(refusal, reason):
         ("terms_as_branches", as_sum(Factor(6, 18, (3, 3), groups=6), pointwise(18, 8, 4)), Refusal.TERMS_DO_NOT_GROUP),
         ("terms_as_multiplier", ChainSum((Chain((GROUPED, pointwise(12, 4))),) * 2), Refusal.TERMS_DIFFER),
         ("terms_as_multiplier", ChainSum((Chain((pointwise(4, 4),)),) * 2), Refusal.TERMS_DIFFER),
+        ("terms_as_concat", ChainSum((Chain((pointwise(4, 4),)),) * 2), Refusal.TERMS_END_OTHERWISE),
+        ("terms_as_concat", as_sum(DEPTHWISE, pointwise(6, 4)), Refusal.NO_TERMS),
+        (
+            "terms_as_concat",
+            ChainSum((Chain((DEPTHWISE, pointwise(6, 4))), Chain((DEPTHWISE, pointwise(6, 4, padding=(1, 1, 1, 1)))))),
+            Refusal.TERMS_END_OTHERWISE,
+        ),
         (
             "terms_as_multiplier",
             ChainSum((Chain((DEPTHWISE, pointwise(6, 4), Activation("relu"))),) * 2),
