@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Counts", "Environment", "Latency", "LayerCounts", "Measured", "Method", "Quality"]
+__all__ = ["Counts", "Environment", "Latency", "LayerCounts", "Measured", "Method", "Numerics", "Quality"]
 
 
 class Method(Enum):
@@ -98,7 +98,7 @@ class Counts:
         kcycles_high: The same with the misses.
         clock_ghz: At which the core is stated to run.
         repeats: Inferences that were counted.
-        spread_ratio: (most - fewest instructions of a repeat) / fewest, among the majority that agrees best.
+        spread_ratio: (most - fewest instructions of a repeat) / fewest.
         method: How the counts came about.
         environment: The core, the runtime in the emulated root and threads.
         artifact_sha256: Hash of the file.
@@ -166,6 +166,35 @@ class LayerCounts:
     l1_misses: int
     kcycles_low: float
     kcycles_high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """Whether a file computes on an emulated Arm core what it computes on this machine, from one random input.
+
+    Attributes:
+        core: As Arm writes it, 'Cortex-A72'.
+        difference: Largest difference of an output: in steps of its quantization where `is_in_steps`, else as a share
+            of its largest value; None where a value is finite on one of the two only, or the file did not run.
+        allowed: What rounding explains, in the same unit.
+        is_in_steps: The unit.
+        starts_at: The first layer at which it is larger; empty where it never is, or where that is not known.
+        failure: Why the file could not be compared, as a clause; empty where it could.
+        artifact_sha256: Hash of the file.
+    """
+
+    core: str
+    difference: float | None
+    allowed: float
+    is_in_steps: bool
+    starts_at: str
+    failure: str
+    artifact_sha256: str
+
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing differs by more than rounding."""
+        return not self.failure and self.difference is not None and self.difference <= self.allowed
 
 
 Measured = Latency | Counts
