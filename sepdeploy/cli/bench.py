@@ -15,8 +15,10 @@ from sepdeploy.core.options import TARGETS
 
 if TYPE_CHECKING:
     from sepdeploy.bench.arm_cores import ArmCore
+    from sepdeploy.core.artifact import Artifact
     from sepdeploy.core.measurement import Counts, Latency, LayerCounts, Measured, Numerics
     from sepdeploy.core.progress import Progress
+    from sepdeploy.planning.target import Target
 
 __all__ = ["command"]
 
@@ -66,7 +68,8 @@ def command(
     layers: dict[str, list[LayerCounts]] = {}
     numerics: list[Numerics] = []
     with shown_progress(is_quiet=as_json) as progress:
-        if is_checked and core is not None:  # before the counting, which takes long
+        if is_checked and core is not None and target is not None:  # before the counting, which takes long
+            _target(target, paths, threads)  # refuses what it cannot do
             numerics = _checked(core, paths, progress)
         elif is_checked and (target or "").startswith("docker:cortex-") and not as_json:
             click.echo(
@@ -110,13 +113,18 @@ def _timed(paths: Sequence[Path], threads: int, seconds: float, progress: Progre
 def _on_target(
     name: str, paths: Sequence[Path], threads: int, seconds: float, progress: Progress
 ) -> Sequence[Measured]:
+    target, files = _target(name, paths, threads)
+    progress.stage(f"{target.name}: {len(paths)} files")
+    return target.compare(files, seconds=seconds, seed=0)
+
+
+def _target(name: str, paths: Sequence[Path], threads: int) -> tuple[Target, list[Artifact]]:
+    """The target that runs the files, and these as it takes them."""
     from sepdeploy.bench.files import describe_file
     from sepdeploy.planning.target import bench_target
 
     files = [describe_file(path) for path in paths]
-    target = bench_target(name, files[0].format, threads)
-    progress.stage(f"{target.name}: {len(paths)} files")
-    return target.compare(files, seconds=seconds, seed=0)
+    return bench_target(name, files[0].format, threads), files
 
 
 def _checked(core: ArmCore, paths: Sequence[Path], progress: Progress) -> list[Numerics]:
