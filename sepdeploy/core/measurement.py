@@ -39,8 +39,23 @@ class Environment:
     conditions: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compared:
+    """A file beside the reference of the comparison.
+
+    Attributes:
+        speedup: Cost of the reference / this one; None for the reference.
+        speedup_low: Lower end of it: of an interval where it was measured, of a range where it was modelled.
+        speedup_high: Upper end.
+    """
+
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
-class Latency:
+class Latency(_Compared):
     """Time of one inference of one file, from repeats interleaved with those of the files it is compared to.
 
     Attributes:
@@ -68,9 +83,6 @@ class Latency:
     method: Method
     environment: Environment
     artifact_sha256: str
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
 
     @property
     def cost(self) -> float:
@@ -79,7 +91,7 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(_Compared):
     """What one inference of one file executes on an emulated Arm core, and what cycles a model of the core gives it.
 
     Never a time: the cycles are modelled, not measured. Low leaves out what waiting for memory costs, high counts
@@ -123,9 +135,6 @@ class Counts:
     method: Method
     environment: Environment
     artifact_sha256: str
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
 
     @property
     def cost(self) -> float:
