@@ -15,13 +15,12 @@ from sepdeploy.core.measurement import Counts, Method
 from sepdeploy.core.progress import Silent
 from sepdeploy.core.selection import Price
 from sepdeploy.errors import UsageError
-from sepdeploy.planning.file_target import FileTarget
+from sepdeploy.planning.file_target import FileTarget, Pricing
 from sepdeploy.planning.local_target import LITERT, ORT
 from sepdeploy.planning.target import TargetKind
 
 if TYPE_CHECKING:
     from sepdeploy.core.artifact import Artifact
-    from sepdeploy.core.progress import Progress
 
 __all__ = ["ARM_KINDS", "ArmTarget"]
 
@@ -54,27 +53,17 @@ class ArmTarget(FileTarget):
             "root": find_root(Silent()).name,
         }
 
-    def prices(
-        self,
-        reference: Path,
-        others: Sequence[Path],
-        *,
-        seconds: float,
-        seed: int,
-        is_channels_last: bool,
-        progress: Progress,
-    ) -> list[Price | str]:
+    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | str]:
         """Prices of files that are all counted in one emulated process; no time is measured.
 
         The ends of a difference are those of the model (`Counts`), not of an interval.
         """
         from sepdeploy.bench.arm_counts import count_files
 
-        del seconds, is_channels_last
         paths = [reference, *others]
-        progress.stage(f"counting {len(paths)} forms of a layer on the {self.core.title}")
+        how.progress.stage(f"counting {len(paths)} forms of a layer on the {self.core.title}")
         # Every run does the same, so two of them tell; blocks are many.
-        dense, *found = count_files(self.core, paths, progress, seed=seed, repeats=2, warmup=1)
+        dense, *found = count_files(self.core, paths, how.progress, seed=how.seed, repeats=2, warmup=1)
         if isinstance(dense, str):
             return [f"the layer as it is cannot be counted: {dense}"] * len(others)
         return [each if isinstance(each, str) else _price(dense, each) for each in found]

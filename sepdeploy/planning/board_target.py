@@ -17,14 +17,13 @@ from sepdeploy.core.measurement import Method
 from sepdeploy.core.options import target_format, target_title
 from sepdeploy.core.selection import Price
 from sepdeploy.errors import ToolError
-from sepdeploy.planning.file_target import FileTarget
+from sepdeploy.planning.file_target import FileTarget, Pricing
 from sepdeploy.planning.local_target import LITERT, ORT
 from sepdeploy.planning.target import TargetKind
 
 if TYPE_CHECKING:
     from sepdeploy.core.artifact import Artifact
     from sepdeploy.core.measurement import Latency
-    from sepdeploy.core.progress import Progress
 
 __all__ = ["BoardTarget", "board_kind"]
 
@@ -57,21 +56,12 @@ class BoardTarget(FileTarget):
         cpu = f"{found.environment['cpu']} at {self.board.name}"
         return {"runtime": runtime, "cpu": cpu, "cores": found.environment["cores"]}
 
-    def prices(
-        self,
-        reference: Path,
-        others: Sequence[Path],
-        *,
-        seconds: float,
-        seed: int,
-        is_channels_last: bool,
-        progress: Progress,
-    ) -> list[Price | str]:
+    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | str]:
         """Prices from runs that are interleaved with those of the reference, all sent in one go."""
-        models = tuple(Model(file, is_channels_last) for file in (reference, *others))
-        progress.stage(f"timing {len(others)} forms of a layer on {self.board.name}")
-        work = Work("differences", models, self.threads, seconds, seed)
-        outcome = run_on_board(self.board, work, self._options(seconds, len(models))).outcome
+        models = tuple(Model(file, how.is_channels_last) for file in (reference, *others))
+        how.progress.stage(f"timing {len(others)} forms of a layer on {self.board.name}")
+        work = Work("differences", models, self.threads, how.seconds, how.seed)
+        outcome = run_on_board(self.board, work, self._options(how.seconds, len(models))).outcome
         with understood(self.board.name):
             return [_price(found) for _, found in zip(others, outcome, strict=True)]
 

@@ -18,13 +18,30 @@ if TYPE_CHECKING:
     from sepdeploy.core.chain import ChainSum
     from sepdeploy.core.progress import Progress
 
-__all__ = ["MODULES", "FileTarget", "package_version"]
+__all__ = ["MODULES", "FileTarget", "Pricing", "package_version"]
 
 MODULES = {
     Format.ONNX: ("onnxruntime", "onnx", "onnxscript", "onnxsim"),
     Format.TFLITE: ("ai_edge_litert", "litert_torch", "ai_edge_quantizer"),
 }
 """Python modules that have a hand in files of a format and in running them, the runtime's first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """How files of one layer's forms are run.
+
+    Attributes:
+        seconds: Most time to spend on each, where time is what is measured.
+        seed: Seed of the random inputs.
+        is_channels_last: Whether they take NHWC.
+        progress: Told what is going on.
+    """
+
+    seconds: float
+    seed: int
+    is_channels_last: bool
+    progress: Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,37 +101,23 @@ class FileTarget(ABC):
         with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder:
             reference, *files = write_block_files((dense, *others), Path(folder), self.format, self.precision)
             if isinstance(reference, str):
-                return [f"the layer as it is cannot be built: {reference}"] * len(others)
+                return [f"the layer as it is cannot be measured: {reference}"] * len(others)
             written = [file for file in files if isinstance(file, Path)]
             found: Iterable[Price | str] = ()
             if written:
                 is_channels_last = self.format is Format.TFLITE and not dense.is_linear
-                found = self.prices(
-                    reference, written, seconds=seconds, seed=seed, is_channels_last=is_channels_last, progress=progress
-                )
+                found = self.prices(reference, written, Pricing(seconds, seed, is_channels_last, progress))
             prices = iter(found)
             return [file if isinstance(file, str) else next(prices) for file in files]
 
     @abstractmethod
-    def prices(
-        self,
-        reference: Path,
-        others: Sequence[Path],
-        *,
-        seconds: float,
-        seed: int,
-        is_channels_last: bool,
-        progress: Progress,
-    ) -> list[Price | str]:
+    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | str]:
         """Prices of files of one layer's forms beside that of the layer as it is.
 
         Args:
             reference: The layer as it is.
             others: At least one form of it.
-            seconds: Most time to spend on each, where time is what is measured.
-            seed: Seed of the random inputs.
-            is_channels_last: Whether they take NHWC.
-            progress: Told what is going on.
+            how: How to run them.
 
         Returns:
             One price for each of `others`, in order, or a sentence that says why it could not be run.

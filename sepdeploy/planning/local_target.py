@@ -12,14 +12,13 @@ from sepdeploy.core.artifact import Format
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.selection import Price
 from sepdeploy.errors import SepdeployError
-from sepdeploy.planning.file_target import MODULES, FileTarget, package_version
+from sepdeploy.planning.file_target import MODULES, FileTarget, Pricing, package_version
 from sepdeploy.planning.target import TargetKind
 
 if TYPE_CHECKING:
     from sepdeploy.bench.session import Session
     from sepdeploy.core.artifact import Artifact
     from sepdeploy.core.measurement import Latency
-    from sepdeploy.core.progress import Progress
 
 __all__ = ["LITERT", "ORT", "LocalTarget"]
 
@@ -38,25 +37,16 @@ class LocalTarget(FileTarget):
         runtime, *_ = MODULES[self.format]
         return {"runtime": package_version(runtime), "cpu": cpu_name(), "cores": usable_cores()}
 
-    def prices(
-        self,
-        reference: Path,
-        others: Sequence[Path],
-        *,
-        seconds: float,
-        seed: int,
-        is_channels_last: bool,
-        progress: Progress,
-    ) -> list[Price | str]:
+    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | str]:
         """Prices from runs that are interleaved with those of the reference."""
         from sepdeploy.bench.differences import measure_differences
 
-        dense, *candidates = (self._opened(path, seed, is_channels_last) for path in (reference, *others))
+        dense, *candidates = (self._opened(path, how) for path in (reference, *others))
         if isinstance(dense, str):
             return [f"the layer as it is cannot be measured: {dense}"] * len(others)
         sessions = [session for session in candidates if not isinstance(session, str)]
-        progress.stage(f"timing {len(sessions)} forms of a layer")
-        differences = iter(measure_differences(dense, sessions, seconds=seconds, seed=seed))
+        how.progress.stage(f"timing {len(sessions)} forms of a layer")
+        differences = iter(measure_differences(dense, sessions, seconds=how.seconds, seed=how.seed))
         prices: list[Price | str] = []
         for candidate in candidates:
             if isinstance(candidate, str):
@@ -83,13 +73,13 @@ class LocalTarget(FileTarget):
 
         return time_files(files, threads=self.threads, seconds=seconds, seed=seed)
 
-    def _opened(self, path: Path, seed: int, is_channels_last: bool) -> Session | str:
+    def _opened(self, path: Path, how: Pricing) -> Session | str:
         """A session that has run once; why not, as a sentence."""
         from sepdeploy.bench.session import open_session
 
         try:
-            session = open_session(path, threads=self.threads, is_channels_last=is_channels_last)
-            session.set_random_input(seed)
+            session = open_session(path, threads=self.threads, is_channels_last=how.is_channels_last)
+            session.set_random_input(how.seed)
         except SepdeployError as error:
             return str(error)
         return session
