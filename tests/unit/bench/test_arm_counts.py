@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from sepdeploy.bench.arm_cores import find_core
 from sepdeploy.bench.arm_counts import count_files, counts_of, require_counts
 from sepdeploy.bench.arm_cycles import CycleModel
-from sepdeploy.bench.arm_guest import Block, GuestFile, Region
-from sepdeploy.bench.arm_root import missing_tools
+from sepdeploy.bench.arm_guest import Block, GuestFile, Region, guest_arguments, guest_environment, parse_counts
+from sepdeploy.bench.arm_root import find_plugin, find_root, missing_tools
 from sepdeploy.bench.prefixes import write_prefixes
 from sepdeploy.bench.session import open_session
 from sepdeploy.cli import main
@@ -30,7 +31,7 @@ ADD, SDOT, RESERVED = "91000400", "4e829420", "00000000"
 def a72_counts(int8_tflite_file: Path, int8_onnx_file: Path, tmp_path_factory: pytest.TempPathFactory):
     damaged = tmp_path_factory.mktemp("damaged") / "damaged.onnx"
     damaged.write_bytes(b"nothing")
-    return count_files(A72, [int8_tflite_file, damaged, int8_onnx_file], Silent())
+    return count_files(A72, [int8_tflite_file, damaged, int8_onnx_file], Silent(), repeats=10)
 
 
 @emulated
@@ -59,6 +60,41 @@ def test_another_run_counts_the_same(a72_counts, int8_tflite_file: Path) -> None
     (again,) = require_counts([int8_tflite_file], count_files(A72, [int8_tflite_file], Silent()))
     assert again.instructions == pytest.approx(a72_counts[0].instructions, rel=0.005)
     assert again.kcycles_low == pytest.approx(a72_counts[0].kcycles_low, rel=0.005)
+
+
+TWO_THREADS = """
+import ctypes, threading, time
+syscall = ctypes.CDLL(None).syscall
+go_on = True
+def spin():
+    while go_on:
+        sum(range(1000))
+def region(function):
+    syscall(0x5344, 0)
+    function()
+    syscall(0x5344, 1)
+region(lambda: time.sleep(0.01))
+thread = threading.Thread(target=spin)
+thread.start()
+region(lambda: time.sleep(0.5))
+go_on = False
+thread.join()
+"""
+
+
+@emulated
+def test_what_other_threads_do_does_not_count(tmp_path: Path) -> None:
+    root, counts, script = find_root(Silent()) / A72.name, tmp_path / "counts", tmp_path / "script.py"
+    script.write_text(TWO_THREADS)
+    command = guest_arguments(A72, root, find_plugin(), counts, [])
+    command[-1] = str(script)
+    subprocess.run(command, env=guest_environment(root), check=True, timeout=120)
+    blocks, (alone, beside), has_ended = parse_counts(counts.read_text())
+    assert has_ended
+    own = [sum(blocks[i].length * count for i, count in region.blocks.items()) for region in (alone, beside)]
+    assert alone.elsewhere == 0
+    assert beside.elsewhere > 20 * own[1]
+    assert own[1] < 5 * own[0]  # for waking up it needs the lock that the other thread holds
 
 
 @emulated
