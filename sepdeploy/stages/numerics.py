@@ -26,7 +26,8 @@ def compare_on_core(
 ) -> list[ArtifactResult]:
     """The files with how far their outputs on the target's core are from those here; as they are for other targets.
 
-    Those that are not known yet run in one emulated process. A mismatch is a result: the report says so.
+    Those that are not known yet run in one emulated process, and those that could not be run. A mismatch is a result:
+    the report says so.
 
     Raises:
         ToolError: if the emulation fails as a whole.
@@ -47,8 +48,10 @@ def compare_on_core(
     keys = [{"file": result.artifact.sha256, **emulation} for result in results]
     stages = [f"numerics {name}" for name in names]
     stale = [i for i, stage in enumerate(stages) if not store.is_current(stage, keys[i], (paths[i],))]
+    stale += [i for i, path in enumerate(paths) if i not in stale and read_json(Numerics, path).failure]
     if stale:
         files = [Path(results[i].artifact.path) for i in stale]
         for i, numerics in zip(stale, compare_numerics(core, files, progress, seed=options.seed), strict=True):
+            paths[i].unlink(missing_ok=True)
             store.run(stages[i], keys[i], (paths[i],), partial(write_json, paths[i], numerics))
     return [replace(result, numerics=read_json(Numerics, path)) for result, path in zip(results, paths, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ class Bench:
         self.compared.append([path.name for path in paths])
         return [numerics(str(path), *self.differences.get(path.name, ())) for path in paths]
 
+    def fail(self, core, paths, progress, *, seed):
+        failed = replace(numerics("00", 0.0), failure="OSError: No space left on device")
+        return [failed if path.name == "b.onnx" else numerics("00") for path in paths]
+
     def run(self, target: str = "cortex-a72:ort") -> list[ArtifactResult]:
         roles = {"a.onnx": Role.ORIGINAL, "b.onnx": Role.CONVERTED}
         results = [
@@ -66,6 +71,17 @@ def test_files_are_compared_once_and_again_when_they_change(bench: Bench, monkey
     bench.run()
     bench.run("cortex-a76:ort")
     assert bench.compared[2:] == [["a.onnx", "b.onnx"]] * 2
+
+
+def test_what_could_not_run_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "compare_numerics", bench.fail)
+        (check,) = _numerics_checks(bench.run())
+    assert check.sentence.endswith("b.onnx does not run on the Cortex-A72: OSError: No space left on device")
+    assert [result.numerics.is_same for result in bench.run()] == [True, True]
+    assert bench.compared == [["b.onnx"]]
+    bench.run()
+    assert len(bench.compared) == 1
 
 
 def test_other_targets_have_nothing_to_compare(bench: Bench) -> None:
