@@ -26,8 +26,8 @@ _ELSEWHERE_RATIO = 0.05
 """Where other threads execute so much of it in every repeat, they run the network too, uncounted."""
 
 _BURST_INSTRUCTIONS = 1_000_000
-_MOST_BURST = 64
-"""What calls from Python and the allocator vary by, some hundred instructions, vanishes in bursts of so many."""
+_LEAST_BURST, _MOST_BURST = 4, 64
+"""What the allocator varies by, up to some thousand instructions, vanishes in bursts of so many."""
 
 
 def count_files(
@@ -63,9 +63,8 @@ def count_files(
     results = [counts_of(core, file, place) for file in run(core, paths, progress)]
     unsteady = {i: result for i, result in enumerate(results) if isinstance(result, Counts) and _is_unsteady(result)}
     if unsteady:  # mostly tiny ones
-        bursts = [
-            min(_MOST_BURST, 1 + _BURST_INSTRUCTIONS // max(result.instructions, 1)) for result in unsteady.values()
-        ]
+        wanted = [_BURST_INSTRUCTIONS // max(result.instructions, 1) for result in unsteady.values()]
+        bursts = [min(_MOST_BURST, max(_LEAST_BURST, 1 + burst)) for burst in wanted]
         again = run(core, [paths[i] for i in unsteady], progress, repeats=repeats + 2, bursts=bursts)
         for i, file in zip(unsteady, again, strict=True):
             results[i] = counts_of(core, file, place)
