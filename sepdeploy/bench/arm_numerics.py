@@ -6,15 +6,16 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
 
 from sepdeploy.bench.arm_cores import ArmCore
-from sepdeploy.bench.arm_guest import run_guest
+from sepdeploy.bench.arm_guest import GuestPlace, run_guest
 from sepdeploy.bench.arm_root import arm64_files
 from sepdeploy.bench.outside_programs import last_line
 from sepdeploy.bench.prefixes import write_prefixes
@@ -74,7 +75,13 @@ class Difference:
         return self.value / self.allowed
 
 
-def compare_numerics(core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0) -> list[Numerics]:
+_Compare = Callable[[Sequence[Path]], list[Difference | str]]
+"""From files to the largest difference of each one's outputs, or why it does not run on the core."""
+
+
+def compare_numerics(
+    core: ArmCore, paths: Sequence[Path], progress: Progress, *, seed: int = 0, place: GuestPlace | None = None
+) -> list[Numerics]:
     """Run files on random inputs here and on the emulated core, all in one process on either side.
 
     Args:
@@ -82,6 +89,7 @@ def compare_numerics(core: ArmCore, paths: Sequence[Path], progress: Progress, *
         paths: ONNX and TFLite files.
         progress: Told what is going on.
         seed: Of the inputs.
+        place: The emulator; None is that of this machine.
 
     Returns:
         One result for each file, in order. Floating-point outputs may differ by 1e-4 of the largest value (2e-2 in
@@ -93,8 +101,9 @@ def compare_numerics(core: ArmCore, paths: Sequence[Path], progress: Progress, *
     """
     names = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
     progress.stage(f"comparing {names} on the {core.title} with this machine")
-    found = _differences(core, paths, progress, seed)
-    return [_numerics(core, path, each, progress, seed) for path, each in zip(paths, found, strict=True)]
+    differences = partial(_differences, core, progress=progress, seed=seed, place=place)
+    found = differences(paths)
+    return [_numerics(core, path, each, progress, differences) for path, each in zip(paths, found, strict=True)]
 
 
 def mismatch_sentence(name: str, numerics: Numerics) -> str:
@@ -183,7 +192,9 @@ def output_difference(
     return found
 
 
-def _numerics(core: ArmCore, path: Path, found: Difference | str, progress: Progress, seed: int) -> Numerics:
+def _numerics(
+    core: ArmCore, path: Path, found: Difference | str, progress: Progress, differences: _Compare
+) -> Numerics:
     """The result for one file, with the layer where a difference starts that is none of rounding."""
     starts_at, sha256 = "", sha256_of_file(path)
     if isinstance(found, str):
@@ -191,16 +202,14 @@ def _numerics(core: ArmCore, path: Path, found: Difference | str, progress: Prog
     if found.share > 1.0:
         progress.stage(f"{path.name} differs on the {core.title}: looking for the layer where that starts")
         try:
-            starts_at, found = _where_it_starts(core, path, found, progress, seed)
+            starts_at, found = _where_it_starts(path, found, differences)
         except ToolError as error:  # that it differs is known all the same
             starts_at = f"a layer that could not be found: {error}"
     value = found.value if np.isfinite(found.value) else None
     return Numerics(core.title, value, found.allowed, found.is_in_steps, starts_at, "", sha256)
 
 
-def _where_it_starts(
-    core: ArmCore, path: Path, whole: Difference, progress: Progress, seed: int
-) -> tuple[str, Difference]:
+def _where_it_starts(path: Path, whole: Difference, differences: _Compare) -> tuple[str, Difference]:
     """Name of the first operator whose outputs differ, and what the difference of the file then is.
 
     Where only what is computed in floating point behind quantized tensors differs, and these by a step, that is what
@@ -213,7 +222,7 @@ def _where_it_starts(
         while low < high:
             # A few places between, evenly; then the stretch before the first of them that differs.
             places = sorted({low + (high - low) * i // _AT_ONCE for i in range(_AT_ONCE)})
-            found = _differences(core, [prefixes[place].path for place in places], progress, seed)
+            found = differences([prefixes[place].path for place in places])
             known |= zip(places, found, strict=True)
             wrong = [place for place in places if _is_wrong(known[place])]
             high = wrong[0] if wrong else high
@@ -233,14 +242,16 @@ def _is_wrong(found: Difference | str) -> bool:
     return isinstance(found, str) or found.share > 1.0
 
 
-def _differences(core: ArmCore, paths: Sequence[Path], progress: Progress, seed: int) -> list[Difference | str]:
+def _differences(
+    core: ArmCore, paths: Sequence[Path], *, progress: Progress, seed: int, place: GuestPlace | None
+) -> list[Difference | str]:
     """The largest difference of each file's outputs, or why it does not run on the core."""
     with tempfile.TemporaryDirectory(prefix="sepdeploy-arm-") as folder:
         here, there = Path(folder) / "here", Path(folder) / "there"
         here.mkdir()
         there.mkdir()
         # The same program with the same seed: inputs agree if numpy does, in the same version.
-        guest = run_guest(core, paths, progress, repeats=1, warmup=1, seed=seed, outputs=there)
+        guest = run_guest(core, paths, progress, repeats=1, warmup=1, seed=seed, outputs=there, place=place)
         _run_here(paths, here, seed)
         return [
             file.error or _difference(path, here / f"{i}.npz", there / f"{i}.npz")

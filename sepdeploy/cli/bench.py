@@ -10,7 +10,14 @@ import click
 
 from sepdeploy.bench.arm_cores import emulated_core
 from sepdeploy.cli.parameters import print_tables, shown_progress
-from sepdeploy.cli.remote_bench import REMOTE_TARGETS, RemoteOptions, is_remote, measure_remotely, remote_options
+from sepdeploy.cli.remote_bench import (
+    REMOTE_TARGETS,
+    RemoteOptions,
+    check_remotely,
+    is_remote,
+    measure_remotely,
+    remote_options,
+)
 from sepdeploy.core.options import TARGETS
 
 if TYPE_CHECKING:
@@ -71,10 +78,8 @@ def command(
         if is_checked and core is not None and target is not None:  # before the counting, which takes long
             _target(target, paths, threads)  # refuses what it cannot do
             numerics = _checked(core, paths, progress)
-        elif is_checked and (target or "").startswith("docker:cortex-") and not as_json:
-            click.echo(
-                "counts in a container: whether the files compute the same there as here is not checked", err=True
-            )
+        elif is_checked and target is not None and is_remote(target):
+            numerics = check_remotely(target, paths, threads, remote, progress)
         if target is None:
             measured: Sequence[Measured] = _timed(paths, threads, seconds, progress)
         elif is_remote(target):

@@ -75,7 +75,7 @@ class Core:
             arm_numerics, "write_prefixes", lambda path, folder: [*prefixes, Prefix("operator 99", self.path)]
         )
 
-    def differences(self, core, paths, progress, seed):
+    def differences(self, core, paths, **options):
         self.runs.append(len(paths))
         return [self.wrong if int(path.stem) >= self.wrong_from else self.right for path in paths]
 
