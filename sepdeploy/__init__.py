@@ -11,6 +11,7 @@ conv = sepdeploy.SeparableConv2d(64, 128, kernel_size=3, padding=1)
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from sepdeploy.version import __version__
@@ -61,6 +62,10 @@ _PLACES = {
     "load": "sepdeploy.stages.bundle",
     "plan": "sepdeploy.pipeline",
 }
+
+# onnxruntime's wheels send usage data to Microsoft unless told not to before they are first imported, by us or by a
+# package that we use. Users who want that set the variable to 0; who imported onnxruntime before has decided already.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:

@@ -51,6 +51,7 @@ from sepdeploy.stages.inspect_model import inspect_model
 from sepdeploy.stages.launch import Processes, joined_processes, launched_processes
 from sepdeploy.stages.load import Inputs, load_inputs
 from sepdeploy.stages.mixed import Mixer, read_mixed
+from sepdeploy.stages.numerics import compare_on_core
 from sepdeploy.stages.plan_file import read_given_plan, read_plan_file
 from sepdeploy.stages.recover import Recovered, Recovery, Weights
 from sepdeploy.stages.reopen import (
@@ -308,6 +309,7 @@ def _finish(
         converted=measure_network(store, last.network, inputs, evaluator, progress),
     )
     results = [measure_quality(store, r, inputs, evaluator, options, progress) for r in (*originals, *converted)]
+    results = compare_on_core(store, results, options, progress)
     results = measure_cost(results, options, progress)
     progress.stage("writing the report")
     mixed = None if mixer is None else read_mixed(store)

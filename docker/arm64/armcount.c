@@ -4,14 +4,15 @@
  * The program marks by a system call that Linux does not have, syscall(0x5344, what): 0 begins a region, 1 ends it. For
  * each region the plugin writes one line of JSON, with what was executed as (number of a block, how often), and before it
  * one line for every block that no line had before: its instructions and what they are (a64.h). A block is a stretch of
- * instructions that QEMU runs from its first to its last. Counts do not depend on the speed of the host.
+ * instructions that QEMU runs from its first to its last. Only the thread that made the mark counts: what others do in
+ * the background depends on the speed of the host, and its instructions are told apart as "elsewhere".
  *
  * Arguments: out=FILE; l1=KIB:WAYS and l2=KIB:WAYS simulate data caches (lines of 64 bytes, least recently used, filled
  * on loads and stores, no prefetching) from the first region on.
  *
  * Lines:
  *   {"block":7,"words":"aa1f03e0...","classes":{"integer":3},"macs":0,"loaded_bytes":0,"stored_bytes":0}
- *   {"region":0,"blocks":[[7,12],...],"l1_accesses":1,"l1_misses":1,"l2_misses":0}
+ *   {"region":0,"blocks":[[7,12],...],"elsewhere":0,"l1_accesses":1,"l1_misses":1,"l2_misses":0}
  *   {"end":true}  the last line of a program that was not killed
  */
 #include <inttypes.h>
@@ -32,8 +33,7 @@ enum { TABLE_BITS = 18, LINE_BITS = 6, MAX_INSNS = 1024 };
 
 struct block {
     uint64_t address;
-    uint64_t executed; /* QEMU adds to it */
-    uint64_t before;   /* its value when the region began */
+    uint64_t executed; /* in the region, by the thread that marked it */
     uint32_t length;
     uint32_t *words;
     int64_t number; /* in the output; -1 until it is written */
@@ -45,6 +45,8 @@ static FILE *out;
 static int64_t blocks_written;
 static int64_t regions_written;
 static int in_region;
+static unsigned marking;   /* the thread that began the region */
+static uint64_t elsewhere; /* instructions of other threads meanwhile; may miss some where they run at once */
 
 static void *allocated(size_t count, size_t size)
 {
@@ -154,9 +156,8 @@ static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t addres
 {
     uint64_t last;
 
-    (void)vcpu;
     (void)data;
-    if (!in_region && !regions_written) /* start-up and loading only evict each other */
+    if (vcpu != marking || (!in_region && !regions_written)) /* start-up and loading only evict each other */
         return;
     last = (address + (1u << qemu_plugin_mem_size_shift(info)) - 1) >> LINE_BITS;
     for (uint64_t line = address >> LINE_BITS; line <= last; line++)
@@ -165,6 +166,18 @@ static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t addres
 }
 
 /* ---- what QEMU calls ---- */
+
+static void on_execution(unsigned vcpu, void *data)
+{
+    struct block *block = data;
+
+    if (!in_region)
+        return;
+    if (vcpu == marking)
+        block->executed++;
+    else
+        elsewhere += block->length;
+}
 
 static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 {
@@ -185,15 +198,16 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
             qemu_plugin_register_vcpu_mem_cb(insn, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_RW, NULL);
     }
     block = find_block(qemu_plugin_tb_vaddr(tb), words, (uint32_t)length);
-    qemu_plugin_register_vcpu_tb_exec_inline(tb, QEMU_PLUGIN_INLINE_ADD_U64, &block->executed, 1);
+    qemu_plugin_register_vcpu_tb_exec_cb(tb, on_execution, QEMU_PLUGIN_CB_NO_REGS, block);
 }
 
-static void begin_region(void)
+static void begin_region(unsigned vcpu)
 {
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
         for (struct block *block = table[i]; block; block = block->next)
-            block->before = block->executed;
-    l1.accesses = l1.misses = l2.accesses = l2.misses = 0;
+            block->executed = 0;
+    l1.accesses = l1.misses = l2.accesses = l2.misses = elsewhere = 0;
+    marking = vcpu;
     in_region = 1;
 }
 
@@ -204,18 +218,18 @@ static void end_region(void)
     in_region = 0;
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
         for (struct block *block = table[i]; block; block = block->next)
-            if (block->executed != block->before && block->number < 0)
+            if (block->executed && block->number < 0)
                 write_block(block);
     fprintf(out, "{\"region\":%" PRId64 ",\"blocks\":[", regions_written++);
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
         for (struct block *block = table[i]; block; block = block->next) {
-            if (block->executed != block->before) {
-                fprintf(out, "%s[%" PRId64 ",%" PRIu64 "]", separator, block->number, block->executed - block->before);
+            if (block->executed) {
+                fprintf(out, "%s[%" PRId64 ",%" PRIu64 "]", separator, block->number, block->executed);
                 separator = ",";
             }
         }
     }
-    fprintf(out, "]");
+    fprintf(out, "],\"elsewhere\":%" PRIu64, elsewhere);
     if (has_caches)
         fprintf(out, ",\"l1_accesses\":%" PRIu64 ",\"l1_misses\":%" PRIu64 ",\"l2_misses\":%" PRIu64, l1.accesses,
                 l1.misses, l2.misses);
@@ -226,12 +240,12 @@ static void end_region(void)
 static void on_syscall(qemu_plugin_id_t id, unsigned vcpu, int64_t number, uint64_t what, uint64_t a2, uint64_t a3,
                        uint64_t a4, uint64_t a5, uint64_t a6, uint64_t a7, uint64_t a8)
 {
-    (void)id, (void)vcpu, (void)a2, (void)a3, (void)a4, (void)a5, (void)a6, (void)a7, (void)a8;
+    (void)id, (void)a2, (void)a3, (void)a4, (void)a5, (void)a6, (void)a7, (void)a8;
     if (number != MARK)
         return;
     if (what == BEGIN)
-        begin_region();
-    else if (what == END && in_region)
+        begin_region(vcpu);
+    else if (what == END && in_region && vcpu == marking)
         end_region();
 }
 

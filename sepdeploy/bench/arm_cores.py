@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from sepdeploy.errors import UsageError
 
-__all__ = ["ARM_CORES", "ArmCore", "Cache", "find_core"]
+__all__ = ["ARM_CORES", "ArmCore", "Cache", "emulated_core", "find_core"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +112,12 @@ def find_core(name: str) -> ArmCore:
     if name not in ARM_CORES:
         raise UsageError(f"there is no Arm core '{name}'; choose one of {', '.join(ARM_CORES)}")
     return ARM_CORES[name]
+
+
+def emulated_core(target: str | None) -> ArmCore | None:
+    """The core that a target emulates on this machine; None for other targets.
+
+    >>> emulated_core("cortex-a72:ort").name, emulated_core("ort")
+    ('cortex-a72', None)
+    """
+    return ARM_CORES.get((target or "").removesuffix(":ort"))

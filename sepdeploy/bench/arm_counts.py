@@ -22,9 +22,12 @@ __all__ = ["compare_counts", "count_files", "counts_of", "require_counts"]
 _SPREAD_RATIO = 0.005
 """Repeats whose instructions differ by more are no counts."""
 
+_ELSEWHERE_RATIO = 0.05
+"""Where other threads execute so much of it in every repeat, they run the network too, uncounted."""
+
 _BURST_INSTRUCTIONS = 1_000_000
-_MOST_BURST = 64
-"""What calls from Python and the allocator vary by, some hundred instructions, vanishes in bursts of so many."""
+_LEAST_BURST, _MOST_BURST = 4, 64
+"""What the allocator varies by, up to some thousand instructions, vanishes in bursts of so many."""
 
 
 def count_files(
@@ -44,7 +47,7 @@ def count_files(
         paths: ONNX and TFLite files; all run in one emulated process.
         progress: Told what is going on.
         seed: Of the random inputs.
-        repeats: Inferences that count, at least 2; more than half have to agree.
+        repeats: Inferences that count, at least 2; all have to agree.
         warmup: Inferences before them.
         place: The emulator; None is that of this machine.
 
@@ -60,9 +63,8 @@ def count_files(
     results = [counts_of(core, file, place) for file in run(core, paths, progress)]
     unsteady = {i: result for i, result in enumerate(results) if isinstance(result, Counts) and _is_unsteady(result)}
     if unsteady:  # mostly tiny ones
-        bursts = [
-            min(_MOST_BURST, 1 + _BURST_INSTRUCTIONS // max(result.instructions, 1)) for result in unsteady.values()
-        ]
+        wanted = [_BURST_INSTRUCTIONS // max(result.instructions, 1) for result in unsteady.values()]
+        bursts = [min(_MOST_BURST, max(_LEAST_BURST, 1 + burst)) for burst in wanted]
         again = run(core, [paths[i] for i in unsteady], progress, repeats=repeats + 2, bursts=bursts)
         for i, file in zip(unsteady, again, strict=True):
             results[i] = counts_of(core, file, place)
@@ -73,9 +75,15 @@ def counts_of(core: ArmCore, file: GuestFile, place: GuestPlace | None = None) -
     """The counts of a file that ran in the guest; why there are none, as a sentence."""
     if file.error or not file.repeats:
         return file.error or "it was not counted"
-    agreeing = _majority(file)
-    instructions = [_instructions(file, region) for region in agreeing]
-    middle = agreeing[len(agreeing) // 2]
+    ordered = sorted(file.repeats, key=lambda region: _instructions(file, region))
+    instructions = [_instructions(file, region) for region in ordered]
+    elsewhere = min(region.elsewhere / max(each, 1) for region, each in zip(ordered, instructions, strict=True))
+    if elsewhere > _ELSEWHERE_RATIO:
+        return (
+            f"other threads execute {100 * elsewhere:.2g}% as much as the one that is counted, in every repeat: it "
+            "runs on several threads, where one is modelled"
+        )
+    middle = ordered[len(ordered) // 2]
     classes: Counter[str] = Counter()
     executed: Counter[str] = Counter()
     macs = loaded = stored = 0
@@ -154,17 +162,6 @@ def _emulator_name() -> str:
 def _model(mca_cpu: str) -> CycleModel:
     """One for the process: what it has priced serves all files."""
     return CycleModel(mca_cpu)
-
-
-def _majority(file: GuestFile) -> tuple[Region, ...]:
-    """More than half of the repeats, those that agree best, the least first.
-
-    The others may have what a thread in the background did meanwhile: counts are those of the whole process.
-    """
-    ordered = sorted(file.repeats, key=lambda region: _instructions(file, region))
-    size = len(ordered) // 2 + 1
-    groups = [tuple(ordered[start : start + size]) for start in range(len(ordered) - size + 1)]
-    return min(groups, key=lambda group: _instructions(file, group[-1]) - _instructions(file, group[0]))
 
 
 def _instructions(file: GuestFile, region: Region) -> int:

@@ -68,17 +68,19 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """What one inference executed.
+    """What one inference, or a burst of them, executed on the thread that ran it.
 
     Attributes:
         blocks: Number of a block in the run -> how often.
         l1_misses: Misses of the first data cache.
         l2_misses: Of these, misses of the second.
+        elsewhere: Instructions that other threads executed meanwhile.
     """
 
     blocks: dict[int, int]
     l1_misses: int
     l2_misses: int
+    elsewhere: int = 0
 
     def without(self, nothing: Region) -> Region:
         """The same without what marking a region costs."""
@@ -87,6 +89,7 @@ class Region:
             {number: count for number, count in left.items() if count > 0},
             max(0, self.l1_misses - nothing.l1_misses),
             max(0, self.l2_misses - nothing.l2_misses),
+            self.elsewhere,
         )
 
 
@@ -229,7 +232,8 @@ def parse_counts(text: str) -> tuple[tuple[Block, ...], tuple[Region, ...], bool
                     Block(data["words"], data["classes"], data["macs"], data["loaded_bytes"], data["stored_bytes"])
                 )
             elif "region" in data:
-                regions.append(Region(dict(data["blocks"]), data.get("l1_misses", 0), data.get("l2_misses", 0)))
+                misses = (data.get("l1_misses", 0), data.get("l2_misses", 0))
+                regions.append(Region(dict(data["blocks"]), *misses, data.get("elsewhere", 0)))
             else:
                 has_ended = bool(data["end"])
     except (ValueError, KeyError, TypeError) as error:

@@ -143,7 +143,7 @@ def find_root(progress: Progress) -> Path:
 
 @cache
 def tool_versions() -> dict[str, str]:
-    """Versions of what counts and models: QEMU, llvm-mca and the plugin, by name.
+    """Versions of what counts and models: QEMU, llvm-mca, the plugin and the program in the guest, by name.
 
     Raises:
         ToolError: if one does not say.
@@ -154,7 +154,8 @@ def tool_versions() -> dict[str, str]:
         text = _run(command, f"{command[0]} does not run")
         words = [word for word in text.split() if word[:1].isdigit()]
         versions[name] = words[0] if words else "unknown"
-    return versions | {"plugin": find_plugin().stem}
+    program = arm64_files() / "bench.py"
+    return versions | {"plugin": find_plugin().stem, "program": f"bench-{_digest(program.read_bytes())}"}
 
 
 def _digest(data: bytes) -> str:

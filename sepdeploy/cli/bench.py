@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sepdeploy.bench.arm_cores import emulated_core
 from sepdeploy.cli.parameters import print_tables, shown_progress
-from sepdeploy.cli.remote_bench import REMOTE_TARGETS, RemoteOptions, is_remote, measure_remotely, remote_options
+from sepdeploy.cli.remote_bench import (
+    REMOTE_TARGETS,
+    RemoteOptions,
+    check_remotely,
+    is_remote,
+    measure_remotely,
+    remote_options,
+)
 from sepdeploy.core.options import TARGETS
 
 if TYPE_CHECKING:
     from sepdeploy.bench.arm_cores import ArmCore
-    from sepdeploy.core.measurement import Counts, Latency, LayerCounts, Measured
+    from sepdeploy.core.artifact import Artifact
+    from sepdeploy.core.measurement import Counts, Latency, LayerCounts, Measured, Numerics
     from sepdeploy.core.progress import Progress
+    from sepdeploy.planning.target import Target
 
 __all__ = ["command"]
 
@@ -59,17 +69,17 @@ def command(
       sepdeploy bench demo/model.int8.tflite --target adb --benchmark-model android_aarch64_benchmark_model
     """
     paths = tuple(dict.fromkeys(artifacts))
-    core = _arm_core(target)
+    core = emulated_core(target)
     if is_per_layer and core is None:
         raise click.UsageError("--per-layer counts on an Arm core: give --target cortex-a72 or another one")
     layers: dict[str, list[LayerCounts]] = {}
+    numerics: list[Numerics] = []
     with shown_progress(is_quiet=as_json) as progress:
-        if is_checked and core is not None:  # before the counting, which takes long
-            _check(core, paths, progress)
-        elif is_checked and (target or "").startswith("docker:cortex-") and not as_json:
-            click.echo(
-                "counts in a container: whether the files compute the same there as here is not checked", err=True
-            )
+        if is_checked and core is not None and target is not None:  # before the counting, which takes long
+            _target(target, paths, threads)  # refuses what it cannot do
+            numerics = _checked(core, paths, progress)
+        elif is_checked and target is not None and is_remote(target):
+            numerics = check_remotely(target, paths, threads, remote, progress)
         if target is None:
             measured: Sequence[Measured] = _timed(paths, threads, seconds, progress)
         elif is_remote(target):
@@ -85,18 +95,13 @@ def command(
         from sepdeploy.core.codec import to_data
 
         data = {path: to_data(each) | _derived(each) for path, each in results.items()}
+        for path, same in zip(results, numerics, strict=bool(numerics)):
+            data[path]["numerics"] = to_data(same)
         for path, each in layers.items():
             data[path]["layers"] = [to_data(layer) for layer in each]
         click.echo(json.dumps(data, indent=1))
         return
-    _print(results, layers)
-
-
-def _arm_core(target: str | None) -> ArmCore | None:
-    """The core that a target emulates, None for other targets."""
-    from sepdeploy.bench.arm_cores import ARM_CORES
-
-    return ARM_CORES.get((target or "").removesuffix(":ort"))
+    _print(results, layers, numerics)
 
 
 def _timed(paths: Sequence[Path], threads: int, seconds: float, progress: Progress) -> list[Latency]:
@@ -113,20 +118,26 @@ def _timed(paths: Sequence[Path], threads: int, seconds: float, progress: Progre
 def _on_target(
     name: str, paths: Sequence[Path], threads: int, seconds: float, progress: Progress
 ) -> Sequence[Measured]:
-    from sepdeploy.bench.files import describe_file
-    from sepdeploy.planning.target import bench_target
-
-    files = [describe_file(path) for path in paths]
-    target = bench_target(name, files[0].format, threads)
+    target, files = _target(name, paths, threads)
     progress.stage(f"{target.name}: {len(paths)} files")
     return target.compare(files, seconds=seconds, seed=0)
 
 
-def _check(core: ArmCore, paths: Sequence[Path], progress: Progress) -> None:
-    from sepdeploy.bench.arm_numerics import check_numerics
+def _target(name: str, paths: Sequence[Path], threads: int) -> tuple[Target, list[Artifact]]:
+    """The target that runs the files, and these as it takes them."""
+    from sepdeploy.bench.files import describe_file
+    from sepdeploy.planning.target import bench_target
 
-    for path in paths:
-        check_numerics(core, path, progress)
+    files = [describe_file(path) for path in paths]
+    return bench_target(name, files[0].format, threads), files
+
+
+def _checked(core: ArmCore, paths: Sequence[Path], progress: Progress) -> list[Numerics]:
+    from sepdeploy.bench.arm_numerics import compare_numerics, require_same
+
+    found = compare_numerics(core, paths, progress)
+    require_same(paths, found)
+    return found
 
 
 def _layers(core: ArmCore, path: Path, progress: Progress) -> list[LayerCounts]:
@@ -144,7 +155,7 @@ def _derived(measured: Measured) -> dict[str, float]:
     return {}
 
 
-def _print(results: dict[str, Measured], layers: dict[str, list[LayerCounts]]) -> None:
+def _print(results: dict[str, Measured], layers: dict[str, list[LayerCounts]], numerics: Sequence[Numerics]) -> None:
     from sepdeploy.core.measurement import Counts
     from sepdeploy.render.terminal import counts_table, cycles_table, latency_table, layers_table
 
@@ -155,3 +166,8 @@ def _print(results: dict[str, Measured], layers: dict[str, list[LayerCounts]]) -
     if counts:
         print_tables(counts_table(counts), *(layers_table(path, each) for path, each in layers.items()))
         print_tables(cycles_table(counts))
+    if numerics:
+        from sepdeploy.bench.arm_numerics import agreement_sentence
+
+        sentence = agreement_sentence(numerics)
+        click.echo(f"{sentence[0].upper()}{sentence[1:]}.")

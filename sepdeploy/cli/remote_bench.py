@@ -14,10 +14,11 @@ import click
 from sepdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from sepdeploy.core.measurement import Measured
+    from sepdeploy.bench.arm_cores import ArmCore
+    from sepdeploy.core.measurement import Measured, Numerics
     from sepdeploy.core.progress import Progress
 
-__all__ = ["REMOTE_TARGETS", "RemoteOptions", "is_remote", "measure_remotely", "remote_options"]
+__all__ = ["REMOTE_TARGETS", "RemoteOptions", "check_remotely", "is_remote", "measure_remotely", "remote_options"]
 
 REMOTE_TARGETS = (
     "a board (ssh://USER@HOST[:PORT]), an Android device (adb[:SERIAL]), the Arm host of a Docker engine (docker)"
@@ -140,18 +141,48 @@ def _on_device(
 def _in_docker(
     target: str, paths: Sequence[Path], threads: int, seconds: float, options: RemoteOptions, progress: Progress
 ) -> Sequence[Measured]:
-    from sepdeploy.bench.docker_guest import core_of_target, count_in_docker, time_in_docker
+    from sepdeploy.bench.docker_guest import count_in_docker, time_in_docker
+
+    core = _core_in_docker(target, paths, threads)
+    limit = options.time_limit
+    if core is None:
+        return time_in_docker(paths, image=options.image, threads=threads, seconds=seconds, seed=0, limit_seconds=limit)
+    return count_in_docker(core, paths, progress, image=options.image, limit_seconds=limit)
+
+
+def _core_in_docker(target: str, paths: Sequence[Path], threads: int) -> ArmCore | None:
+    """The core that a container emulates; None for one that runs on the engine's own processor, or no container."""
+    from sepdeploy.bench.docker_guest import core_of_target
     from sepdeploy.bench.files import describe_file
 
     core = core_of_target(target)
     for path in paths:
         describe_file(path)  # says what is wrong with one
-    limit = options.time_limit
-    if core is None:
-        return time_in_docker(paths, image=options.image, threads=threads, seconds=seconds, seed=0, limit_seconds=limit)
-    if threads != 1:
+    if core is not None and threads != 1:
         raise UsageError(f"{target} models one core: --threads must be 1, got {threads}")
-    return count_in_docker(core, paths, progress, image=options.image, limit_seconds=limit)
+    return core
+
+
+def check_remotely(
+    target: str, paths: Sequence[Path], threads: int, options: RemoteOptions, progress: Progress
+) -> list[Numerics]:
+    """How far outputs on a core that is emulated in a container are from those here; empty for other targets.
+
+    Raises:
+        UsageError: if the target or a file is none.
+        ToolError: if something is missing or fails there, or a file computes something else.
+    """
+    if not target.startswith("docker:"):
+        return []
+    from sepdeploy.bench.arm_numerics import require_same
+    from sepdeploy.bench.docker_guest import compare_in_docker
+
+    core = _core_in_docker(target, paths, threads)
+    if core is None:
+        return []
+    found = compare_in_docker(core, paths, progress, image=options.image, limit_seconds=options.time_limit)
+    require_same(paths, found)
+    return found
 
 
 _Measure = Callable[[str, Sequence[Path], int, float, RemoteOptions, "Progress"], "Sequence[Measured]"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Counts", "Environment", "Latency", "LayerCounts", "Measured", "Method", "Quality"]
+__all__ = ["Counts", "Environment", "Latency", "LayerCounts", "Measured", "Method", "Numerics", "Quality"]
 
 
 class Method(Enum):
@@ -39,8 +39,23 @@ class Environment:
     conditions: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compared:
+    """A file beside the reference of the comparison.
+
+    Attributes:
+        speedup: Cost of the reference / this one; None for the reference.
+        speedup_low: Lower end of it: of an interval where it was measured, of a range where it was modelled.
+        speedup_high: Upper end.
+    """
+
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
-class Latency:
+class Latency(_Compared):
     """Time of one inference of one file, from repeats interleaved with those of the files it is compared to.
 
     Attributes:
@@ -68,9 +83,6 @@ class Latency:
     method: Method
     environment: Environment
     artifact_sha256: str
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
 
     @property
     def cost(self) -> float:
@@ -79,7 +91,7 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(_Compared):
     """What one inference of one file executes on an emulated Arm core, and what cycles a model of the core gives it.
 
     Never a time: the cycles are modelled, not measured. Low leaves out what waiting for memory costs, high counts
@@ -98,7 +110,7 @@ class Counts:
         kcycles_high: The same with the misses.
         clock_ghz: At which the core is stated to run.
         repeats: Inferences that were counted.
-        spread_ratio: (most - fewest instructions of a repeat) / fewest, among the majority that agrees best.
+        spread_ratio: (most - fewest instructions of a repeat) / fewest.
         method: How the counts came about.
         environment: The core, the runtime in the emulated root and threads.
         artifact_sha256: Hash of the file.
@@ -123,9 +135,6 @@ class Counts:
     method: Method
     environment: Environment
     artifact_sha256: str
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
 
     @property
     def cost(self) -> float:
@@ -166,6 +175,35 @@ class LayerCounts:
     l1_misses: int
     kcycles_low: float
     kcycles_high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """Whether a file computes on an emulated Arm core what it computes on this machine, from one random input.
+
+    Attributes:
+        core: As Arm writes it, 'Cortex-A72'.
+        difference: Largest difference of an output: in steps of its quantization where `is_in_steps`, else as a share
+            of its largest value; None where a value is finite on one of the two only, or the file did not run.
+        allowed: What rounding explains, in the same unit.
+        is_in_steps: The unit.
+        starts_at: The first layer at which it is larger; empty where it never is, or where that is not known.
+        failure: Why the file could not be compared, as a clause; empty where it could.
+        artifact_sha256: Hash of the file.
+    """
+
+    core: str
+    difference: float | None
+    allowed: float
+    is_in_steps: bool
+    starts_at: str
+    failure: str
+    artifact_sha256: str
+
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing differs by more than rounding."""
+        return not self.failure and self.difference is not None and self.difference <= self.allowed
 
 
 Measured = Latency | Counts

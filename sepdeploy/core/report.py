@@ -8,7 +8,7 @@ from typing import Literal
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.int8 import Int8Step
 from sepdeploy.core.int8_proof import Int8Proof
-from sepdeploy.core.measurement import Counts, Latency, Measured, Quality
+from sepdeploy.core.measurement import Counts, Latency, Measured, Numerics, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.mixed import MixedPlan
 from sepdeploy.core.plan import Plan
@@ -116,6 +116,7 @@ class ArtifactResult:
         counts: What it executes on the target, where that is an emulated core: then there is no latency.
         int8_agreement_ratio: For int8 TFLite files: share of output values that are within one step of those of the
             int8 ONNX file; None where that is not known.
+        numerics: Whether it computes the same on the target, where that is an emulated core.
     """
 
     artifact: Artifact
@@ -128,6 +129,7 @@ class ArtifactResult:
     int8: Int8Proof | None = None
     int8_agreement_ratio: float | None = None
     counts: Counts | None = None
+    numerics: Numerics | None = None
 
     @property
     def measured(self) -> Measured | None:
@@ -175,7 +177,7 @@ class Check:
     """A promise and whether it holds.
 
     Attributes:
-        name: 'accuracy', 'speed', 'latency', 'size' or 'memory'.
+        name: 'accuracy', 'numerics', 'speed', 'latency', 'size' or 'memory'.
         is_met: Whether it holds.
         sentence: What was measured against what limit, for the user.
         faults: For a broken promise of accuracy: the stages at fault, the costlier first.

@@ -136,7 +136,7 @@ def locked(folder: Path) -> Iterator[None]:
         for path in (
             folder,
             folder / "original",
-            *(work / part for part in ("", "quality", "int8", "finetune", "hook")),
+            *(work / part for part in ("", "quality", "int8", "finetune", "hook", "numerics")),
         ):
             remove_temporaries(path)
         yield

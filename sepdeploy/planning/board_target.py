@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sepdeploy.bench.board_files import time_files_on_board
 from sepdeploy.bench.board_run import BoardOptions, BoardReply, Model, Work, run_on_board, understood
@@ -16,95 +15,55 @@ from sepdeploy.bench.board_ssh import PYTHON_VARIABLE, SshBoard
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.options import target_format, target_title
-from sepdeploy.core.selection import FusedBlock, Price
+from sepdeploy.core.selection import Price
 from sepdeploy.errors import ToolError
+from sepdeploy.planning.file_target import FileTarget, Pricing
 from sepdeploy.planning.local_target import LITERT, ORT
-from sepdeploy.planning.target import Target, TargetKind
+from sepdeploy.planning.target import TargetKind
 
 if TYPE_CHECKING:
     from sepdeploy.core.artifact import Artifact
-    from sepdeploy.core.chain import ChainSum
     from sepdeploy.core.measurement import Latency
-    from sepdeploy.core.progress import Progress
 
 __all__ = ["BoardTarget", "board_kind"]
 
-_UNIT = "ms"
-_METHOD = Method.WALL_CLOCK
 _START_SECONDS = 120.0
 _SUFFIXES = {Format.ONNX: ".onnx", Format.TFLITE: ".tflite"}
 
 
 @dataclass(frozen=True, slots=True)
-class BoardTarget:
-    """A runtime on a board; see `Target`.
+class BoardTarget(FileTarget):
+    """A runtime on a board.
 
     Attributes:
-        name: On the command line.
         board: The board.
         python: Python there; None is python3.
-        format: What the runtime reads.
-        precision: Arithmetic of the blocks.
-        threads: Threads of the runtime.
     """
 
-    name: str
+    unit: ClassVar[str] = "ms"
+    method: ClassVar[Method] = Method.WALL_CLOCK
+
     board: SshBoard
     python: str | None
-    format: Format
-    precision: Precision
-    threads: int
 
-    @property
-    def unit(self) -> str:
-        """Of its prices."""
-        return _UNIT
-
-    @property
-    def method(self) -> Method:
-        """How its prices come about."""
-        return _METHOD
-
-    def key(self) -> dict[str, object]:
-        """Everything that prices depend on besides the blocks; the board is asked once."""
+    def place(self) -> dict[str, object]:
+        """The board, which is asked once, and its runtime."""
         found = _described(self.board, self.python)
         runtime = found.outcome.get(_SUFFIXES[self.format])
         if runtime is None:
             package = "onnxruntime" if self.format is Format.ONNX else "ai-edge-litert"
             raise ToolError(f"{self.board.name} has no {package}; run there: python3 -m pip install {package}")
-        return {
-            **self._local().key(),
-            "target": self.name,
-            "runtime": runtime,
-            "cpu": f"{found.environment['cpu']} at {self.board.name}",
-            "cores": found.environment["cores"],
-        }
+        cpu = f"{found.environment['cpu']} at {self.board.name}"
+        return {"runtime": runtime, "cpu": cpu, "cores": found.environment["cores"]}
 
-    def lowerings(self, form: ChainSum) -> tuple[tuple[str, ...], ...]:
-        """Ways to write a form down that make sense here, each with another result; the first is the default."""
-        return self._local().lowerings(form)
-
-    def measure(
-        self, dense: FusedBlock, others: Sequence[FusedBlock], *, seconds: float, seed: int, progress: Progress
-    ) -> list[Price | str]:
-        """Prices of blocks beside the layer as it is, from runs interleaved with its own, all sent in one go."""
-        from sepdeploy.planning.block_files import write_block_files
-
-        progress.stage(f"writing {len(others)} forms of a layer as {self.format.value}")
-        with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder:
-            reference, *files = write_block_files((dense, *others), Path(folder), self.format, self.precision)
-            if isinstance(reference, str):
-                return [f"the layer as it is cannot be measured: {reference}"] * len(others)
-            is_channels_last = self.format is Format.TFLITE and not dense.is_linear
-            written = [file for file in files if isinstance(file, Path)]
-            models = tuple(Model(file, is_channels_last) for file in (reference, *written))
-            progress.stage(f"timing {len(written)} forms of a layer on {self.board.name}")
-            work = Work("differences", models, self.threads, seconds, seed)
-            outcome = run_on_board(self.board, work, self._options(seconds, len(models))).outcome if written else []
+    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | str]:
+        """Prices from runs that are interleaved with those of the reference, all sent in one go."""
+        models = tuple(Model(file, how.is_channels_last) for file in (reference, *others))
+        how.progress.stage(f"timing {len(others)} forms of a layer on {self.board.name}")
+        work = Work("differences", models, self.threads, how.seconds, how.seed)
+        outcome = run_on_board(self.board, work, self._options(how.seconds, len(models))).outcome
         with understood(self.board.name):
-            prices = [_price(found) for _, found in zip(written, outcome, strict=True)]
-        left = iter(prices)
-        return [file if isinstance(file, str) else next(left) for file in files]
+            return [_price(found) for _, found in zip(others, outcome, strict=True)]
 
     def compare(self, files: Sequence[Artifact], *, seconds: float, seed: int) -> list[Latency]:
         """Latency of whole files, from interleaved rounds; see `Target`."""
@@ -117,10 +76,6 @@ class BoardTarget:
     def _options(self, seconds: float, files: int) -> BoardOptions:
         """Measuring takes about `seconds` a file; slow networks take at least 24 rounds and 10 runs to warm up."""
         return BoardOptions(limit_seconds=_START_SECONDS + 10 * seconds * files + 60 * files, python=self.python)
-
-    def _local(self) -> Target:
-        """What makes the files here, and runs the like of them."""
-        return (ORT if self.format is Format.ONNX else LITERT).make(self.precision, self.threads)
 
 
 @cache
@@ -137,15 +92,15 @@ def _price(found: dict[str, Any] | str) -> Price | str:
         difference=found["difference_ms"],
         difference_low=found["low_ms"],
         difference_high=found["high_ms"],
-        unit=_UNIT,
+        unit=BoardTarget.unit,
         repeats=found["repeats"],
-        method=_METHOD,
+        method=BoardTarget.method,
     )
 
 
 def _make(name: str, precision: Precision, threads: int) -> BoardTarget:
     python = os.environ.get(PYTHON_VARIABLE) or None
-    return BoardTarget(name, SshBoard.of_target(name), python, target_format(name), precision, threads)
+    return BoardTarget(name, target_format(name), precision, threads, SshBoard.of_target(name), python)
 
 
 def board_kind(name: str) -> TargetKind:
@@ -156,6 +111,6 @@ def board_kind(name: str) -> TargetKind:
     """
     local = ORT if target_format(name) is Format.ONNX else LITERT
     return TargetKind(
-        name, target_title(name), target_format(name), _METHOD, _UNIT, local.modules, local.install,
+        name, target_title(name), local.format, BoardTarget.method, BoardTarget.unit, local.modules, local.install,
         partial(_make, name), ("ssh",), "apt-get install openssh-client",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sepdeploy.core.artifact import Format, Role
 from sepdeploy.core.describe import describe_form
-from sepdeploy.core.measurement import Counts, Environment, Measured, Method, Quality
+from sepdeploy.core.measurement import Counts, Environment, Measured, Method, Numerics, Quality
 from sepdeploy.core.options import target_format, target_title
 from sepdeploy.core.plan import Decision, Plan, Reason, Replaced
 from sepdeploy.core.report import ArtifactResult, Report
@@ -35,6 +35,7 @@ __all__ = [
     "counts_caption",
     "environment_text",
     "kept_counts",
+    "numerics_text",
     "outcome_text",
     "plan_sentence",
     "quality_ratio",
@@ -334,6 +335,23 @@ def counts_caption(counts: Iterable[Counts]) -> str:
         "and every miss of the simulated caches waited for (high). Fewer cycles: against the reference, by the low "
         "end, and at both."
     )
+
+
+def numerics_text(numerics: Numerics | None) -> str:
+    """How far outputs on the core are from those here, for a cell of a table; '-' where nothing was compared."""
+    if numerics is None:
+        return "-"
+    if numerics.failure:
+        return "does not run"
+    if numerics.difference is None:
+        return "not finite"
+    if numerics.is_in_steps:
+        return (
+            plural(int(numerics.difference), "step")
+            if numerics.difference % 1 == 0
+            else f"{numerics.difference:g} steps"
+        )
+    return f"{numerics.difference:.1e}"
 
 
 def plan_sentence(plan: Plan) -> str:

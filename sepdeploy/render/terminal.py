@@ -20,6 +20,7 @@ from sepdeploy.render.summary import (
     cost_after,
     counts_caption,
     environment_text,
+    numerics_text,
     outcome_text,
     plan_sentence,
     quality_ratio,
@@ -95,9 +96,11 @@ def artifacts_table(report: Report) -> Table:
         Column("SQNR\n(dB)"),
     ]
     if any(result.counts for result in report.artifacts):
-        table = make_table("Files", columns)
+        cores = dict.fromkeys(result.numerics.core for result in report.artifacts if result.numerics)
+        table = make_table("Files", [*columns, *(Column(f"differs on\n{core}") for core in cores)])
         for result in report.artifacts:
-            add_row(table, result.artifact.path, *_quality_cells(result))
+            compared = (numerics_text(result.numerics),) if cores else ()
+            add_row(table, result.artifact.path, *_quality_cells(result), *compared)
         return table
     table = make_table("Files", [*columns, *_TIME_COLUMNS, _SPEEDUP_COLUMN], caption=_measurement_caption(latencies))
     for result in report.artifacts:

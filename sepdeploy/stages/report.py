@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from sepdeploy.analyze.liveness import measure_memory
+from sepdeploy.bench.arm_numerics import agreement_sentence, mismatch_sentence
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.codec import write_json
 from sepdeploy.core.conv import Trace
@@ -185,6 +186,7 @@ def _checks(
     checks = []
     if options.max_drop_points is not None and converted.quality is not None:
         checks.append(_accuracy_check(options, results, converted.quality, quality_of_network, images))
+    checks += _numerics_checks(results)
     limits = tuple(_limit_checks(options, converted, network, memory)) if options.selects else ()
     if plan.replaced:
         # Where something else than speed was asked for, a slower file is worth a note (`_file_notes`), but no failure.
@@ -223,6 +225,15 @@ def _accuracy_check(
     if any(fault.stage == "quantization" for fault in faults) and drops.original_file is not None:
         sentence += f" (the original network loses {drops.original_file:.2f} in {options.precision.value})"
     return Check("accuracy", drops.file <= limit, sentence, faults)
+
+
+def _numerics_checks(results: Sequence[ArtifactResult]) -> list[Check]:
+    """Whether every file computes on the target's core what it computes here, where that was looked at."""
+    compared = {r.artifact.path: r.numerics for r in results if r.numerics is not None}
+    if not compared:
+        return []
+    wrong = [mismatch_sentence(path, numerics) for path, numerics in compared.items() if not numerics.is_same]
+    return [Check("numerics", not wrong, "; ".join(wrong) or agreement_sentence(list(compared.values())))]
 
 
 def _limit_checks(

@@ -1,7 +1,7 @@
 """What separable forms are worth on Arm cores, by modelled cycles.
 
     python tests/benchmarks/arm.py blocks --results arm.jsonl [--cores cortex-a72,cortex-a76] [--shapes 64@32,256@8]
-    python tests/benchmarks/arm.py plans ../shared --results plans.jsonl [--cores cortex-a72] [--nets resnet20,resnet56]
+    python tests/benchmarks/arm.py plans ../shared --results plans.jsonl [--cores cortex-a72] [--nets resnet20,vgg_like]
 
 `blocks`: four units one after the other, each a 3x3 convolution or a separable form of it with a ReLU, on every core,
 in both runtimes and precisions, in every lowering that has another result there. The table at the end has the low and

@@ -53,7 +53,11 @@ RANDOM = {
     "mobilenet_v1": "models.mobilenet:mobilenet_v1",
     "vgg16": "models.vgg:vgg16_bn",
     "resnet18": "models.resnet:resnet18",
+    "vgg_like": f"{Path(__file__).with_name('vgg_like.py')}:vgg_like",
 }
+_SIDES = {"vgg_like": 32}
+"""Of the images, where it is not 224."""
+
 UNIFORM = ("depthwise_separable T=1", "depthwise_separable T=2", "spatial_separable", "low_rank", "optimized_separable")
 _TOGETHER = 4
 """Files that are timed at once, beside the original."""
@@ -114,9 +118,10 @@ class Study:
             if not images.exists():
                 unpack(arguments.source, "train", folder, 512)
         else:
-            model, arch, preprocess, images = folder / f"{net}.pt", RANDOM[net], None, folder / "noise.npz"
+            side = _SIDES.get(net, 224)
+            model, arch, preprocess, images = folder / f"{net}.pt", RANDOM[net], None, folder / f"noise{side}.npz"
             torch.save(build_architecture(arch).module.state_dict(), model)
-            pixels = np.random.default_rng(0).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
+            pixels = np.random.default_rng(0).integers(0, 256, (32, side, side, 3), dtype=np.uint8)
             np.savez(images, images=pixels)
         self.options = ConvertOptions(
             model, arch, str(images), preprocess=preprocess, target=target, precision=Precision(precision),

@@ -38,3 +38,16 @@ def test_schemes_are_listed_without_torch():
         "torch",
         "numpy",
     }
+
+
+@pytest.mark.parametrize("said", [None, "0"])
+def test_onnxruntime_collects_no_usage_data_unless_the_user_says_so(said, tmp_path):
+    """Its telemetry keeps what is to be sent below the user's cache folder."""
+    given = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    given |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    if said is not None:
+        given["ORT_DISABLE_TELEMETRY"] = said
+    code = "import os, sepdeploy, onnxruntime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given)
+    assert run.stdout.strip() == (said or "1")
+    assert said is not None or list(tmp_path.rglob("*onnxruntime*")) == []

@@ -6,7 +6,7 @@ from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.chain import Chain, ChainSum, Factor
 from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
 from sepdeploy.core.int8_proof import FloatLayer, FloatReason, Int8Proof, LayerSqnr
-from sepdeploy.core.measurement import Environment, Latency, Method, Quality
+from sepdeploy.core.measurement import Counts, Environment, Latency, Method, Numerics, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
 from sepdeploy.core.report import ArtifactResult, Check, DataSummary, GuardStep, LayerTransfer, NetworkCost, Report
@@ -287,6 +287,59 @@ def hostile_report() -> Report:
     )
 
 
+def half_measured_report() -> Report:
+    """As of a board that has no runtime for the other format."""
+    report = success_report()
+    artifacts = tuple(
+        replace(each, latency=None) if each.artifact.format is Format.ONNX else each for each in report.artifacts
+    )
+    return replace(report, artifacts=artifacts)
+
+
+def counts(low: float, speedup: float | None) -> Counts:
+    return Counts(
+        core="Cortex-A72",
+        instructions=12_345_678,
+        classes={"vector_multiply_accumulate": 9_000_000, "vector_load": 3_000_000, "vector_store": 345_678},
+        macs=40_600_000,
+        loaded_bytes=48_000_000,
+        stored_bytes=5_530_848,
+        l1_misses=98_765,
+        l2_misses=4_321,
+        kcycles_low=low,
+        kcycles_high=1.4 * low,
+        clock_ghz=1.5,
+        repeats=3,
+        spread_ratio=0.0021,
+        method=Method.EMULATED_COUNT,
+        environment=replace(environment("ai-edge-litert 2.3.0"), cpu="Cortex-A72 emulated by qemu-aarch64 7.2.22"),
+        artifact_sha256="c" * 64,
+        speedup=speedup,
+        speedup_low=speedup,
+        speedup_high=None if speedup is None else 1.2 * speedup,
+    )
+
+
+def counted_report() -> Report:
+    """Files of an emulated core: the ONNX files of the other runtime were not counted, and one does not run there."""
+    report = success_report()
+    same = Numerics("Cortex-A72", 2.5e-7, 1e-4, False, "", "", "c" * 64)
+    found = {
+        (Format.ONNX, Precision.FLOAT32): replace(same, difference=None, failure="the guest crashed (SIGILL)"),
+        (Format.TFLITE, Precision.INT8): Numerics("Cortex-A72", 3.0, 1.0, True, "CONV_2D layer3.0", "", "c" * 64),
+    }
+    artifacts = tuple(
+        replace(
+            each,
+            latency=None,
+            counts=None if each.artifact.format is Format.ONNX else counts(7000, 2.1 if i % 2 else None),
+            numerics=found.get((each.artifact.format, each.artifact.precision), same),
+        )
+        for i, each in enumerate(report.artifacts)
+    )
+    return replace(report, target="cortex-a72", artifacts=artifacts)
+
+
 REPORTS = {
     "success": success_report,
     "agreement": agreement_report,
@@ -294,6 +347,8 @@ REPORTS = {
     "slow": slow_report,
     "nothing_replaced": nothing_replaced_report,
     "hostile": hostile_report,
+    "half_measured": half_measured_report,
+    "counted": counted_report,
 }
 
 

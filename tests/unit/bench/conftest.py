@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sepdeploy.export.onnx import export_onnx
 from sepdeploy.export.tflite import export_tflite
+from sepdeploy.quantize.onnx_qdq import quantize_onnx
 from sepdeploy.quantize.tflite_int8 import quantize_tflite
 
 
@@ -64,4 +65,11 @@ def tflite_file(net: nn.Module, batch: np.ndarray, tmp_path_factory: pytest.Temp
 def int8_tflite_file(tflite_file: Path, batch: np.ndarray) -> Path:
     path = tflite_file.with_name("int8.tflite")
     quantize_tflite(tflite_file, path, (batch[i : i + 1].transpose(0, 2, 3, 1) for i in range(len(batch))))
+    return path
+
+
+@pytest.fixture(scope="session")
+def int8_onnx_file(onnx_file: Path, batch: np.ndarray) -> Path:
+    path = onnx_file.with_name("net.int8.onnx")
+    quantize_onnx(onnx_file, path, (batch[i : i + 1] for i in range(len(batch))))
     return path

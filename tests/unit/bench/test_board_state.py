@@ -70,3 +70,9 @@ def test_what_is_not_told_is_unknown(tmp_path: Path) -> None:
     state = board(tmp_path, {"sys/class/thermal/thermal_zone0/temp": "warm", "proc/loadavg": "64.0"})
     assert conditions(BoardState(), state)[:3] == ("governor unknown", "temperature unknown", "throttling unknown")
     assert any("busy with other work" in each for each in conditions(state, state))
+
+
+def test_a_virtual_machine_is_named(tmp_path: Path) -> None:
+    state = board(tmp_path, {"proc/device-tree/model": "linux,dummy-virt\0"})
+    assert conditions(state, state)[:2] == ("linux,dummy-virt", "a virtual machine: its processor may be emulated")
+    assert not any("virtual" in each for each in conditions(BoardState(model="Raspberry Pi 5"), BoardState()))

@@ -58,7 +58,7 @@ def test_blocks_are_priced_and_remembered(tmp_path: Path) -> None:
 def test_the_key_has_all_that_prices_depend_on() -> None:
     a72, a76 = (find_target(name, Precision.INT8, 1).key() for name in ("cortex-a72", "cortex-a76"))
     assert json.loads(json.dumps(a72)) == a72
-    assert set(a72["tools"]) == {"qemu", "llvm-mca", "plugin"}
+    assert set(a72["tools"]) == {"qemu", "llvm-mca", "plugin", "program"}
     assert a72["tools"]["qemu"].startswith("7.2")
     assert a72["runtime"].startswith("ai-edge-litert ")
     assert {key for key in a72 if a72[key] != a76[key]} == {"target", "core", "cpu"}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sepdeploy.bench.board_run import BoardReply
 from sepdeploy.cli.main import run
 from sepdeploy.core.readiness import Need, Readiness
 from sepdeploy.errors import UsageError
@@ -134,6 +135,38 @@ def test_adb(install: Install) -> None:
     install(adb='echo "error: device unauthorized." >&2; exit 1')
     assert problems("adb:0123") == ["looking for it: error: device unauthorized."]
     assert commands("adb:0123") == ("allow this computer on the device's screen",)
+
+
+@pytest.mark.parametrize(
+    ("target", "installed", "problem", "fix"),
+    [
+        (
+            "ssh://pi@board",
+            {},
+            "neither onnxruntime nor ai-edge-litert is installed there",
+            "numpy onnxruntime ai-edge",
+        ),
+        (
+            "ssh://pi@board",
+            {".onnx": "onnxruntime 1.31"},
+            "ssh://pi@board needs ai-edge-litert",
+            "numpy ai-edge-litert",
+        ),
+        ("ssh://pi@board:ort", {".tflite": "ai-edge-litert 2.3"}, "board:ort needs onnxruntime", "numpy onnxruntime "),
+        ("ssh://pi@board:ort", {".onnx": "onnxruntime 1.31"}, "", ""),
+    ],
+)
+def test_the_runtime_of_a_board(
+    install: Install, monkeypatch: pytest.MonkeyPatch, target: str, installed: dict[str, str], problem: str, fix: str
+) -> None:
+    reply = BoardReply((3, 11, 2), "aarch64", None, {"cpu": "Cortex-A72", "cores": 4}, (), (), installed)
+    monkeypatch.setattr("sepdeploy.bench.board_ssh.run_on_board", lambda *given: reply)
+    install(ssh="exit 0")
+    *_, board, runtime = examine(target).needs
+    assert board.found == "Cortex-A72, aarch64, Python 3.11.2"
+    assert problem in runtime.problem
+    assert fix in (runtime.fix or "")
+    assert runtime.is_met == (not problem)
 
 
 def test_local_targets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-REPORTS = ["success", "agreement", "regression", "slow", "nothing_replaced", "hostile"]
+REPORTS = [
+    "success", "agreement", "regression", "slow", "nothing_replaced", "hostile", "half_measured", "counted",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -104,3 +106,26 @@ def test_two_methods_are_refused(samples: ModuleType) -> None:
 
     with pytest.raises(ContractError, match="must not mix methods"):
         render_html(replace(report, artifacts=(mixed, *others)))
+
+
+def test_files_that_were_not_measured_have_dashes_and_no_bar(samples: ModuleType) -> None:
+    html = render_html(samples.half_measured_report())
+    assert html.count('<span class="muted">not measured</span>') == 2
+    assert html.count('aria-label="median') == 4
+    text = Page(html).text
+    assert "Method: measured time on this machine or a board." in text
+    assert "onnxruntime" not in text.split("Environment")[1]  # where nothing was measured, there is no environment
+
+
+def test_files_of_an_emulated_core_say_how_they_compare(samples: ModuleType) -> None:
+    html = render_html(samples.counted_report())
+    assert html.count('<span class="muted">not measured</span>') == 6  # bars are of times
+    assert "On the<br>Cortex-A72" in html
+    assert html.count('<td class="n bad">3 steps</td>') == 2
+    assert html.count('<td class="n bad">does not run</td>') == 2
+    assert html.count('<td class="n">2.5e-07</td>') == 2
+    text = Page(html).text
+    assert "Latency was not measured: the target is emulated, see below." in text
+    assert text.count("7000 to 9800") == 4 + 2  # four files, and before and after of the target
+    assert "On the Cortex-A72, emulated, the file was run on random inputs beside this machine" in text
+    assert "On the Cortex-A72" not in Page(render_html(samples.success_report())).text

@@ -114,3 +114,10 @@ def test_empty_plan_and_no_files_still_render(samples: ModuleType) -> None:
 
     assert "0 of 0 convolutions replaced, 0 kept" in as_text(terminal.plan_table(empty))
     assert "Latency was not measured." in as_text(terminal.artifacts_table(samples.nothing_replaced_report()))
+
+
+def test_files_of_an_emulated_core_say_how_they_compare(samples: ModuleType) -> None:
+    text = as_text(terminal.artifacts_table(samples.counted_report()))
+
+    assert "Cortex-A72" in text
+    assert [text.count(each) for each in ("3 steps", "does not run", "2.5e-07")] == [2, 2, 2]

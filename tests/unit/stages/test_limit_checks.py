@@ -45,7 +45,7 @@ def test_each_limit_is_checked(name, option, holds, is_broken, sentence):
 def test_an_original_that_holds_the_limits_is_no_failure(limit, names):
     options = ConvertOptions(Path("m.pt"), "a:b", "c", selection=SelectionOptions(max_size_bytes=limit))
     artifact = SimpleNamespace(role=Role.CONVERTED, format=Format.ONNX, precision=Precision.FLOAT32, size_bytes=900)
-    result = SimpleNamespace(artifact=artifact, measured=None, quality=None)
+    result = SimpleNamespace(artifact=artifact, measured=None, quality=None, numerics=None)
     checks = report._checks(options, Plan("auto", SchemeOptions(), ()), [result], None, NETWORK, MEMORY, 512)
     assert [check.name for check in checks] == names
     assert all(check.is_met for check in checks) == (limit == 800)
@@ -57,7 +57,9 @@ def test_without_a_limit_there_is_nothing_to_check():
 
 def test_limits_of_an_emulated_core_are_in_modelled_cycles():
     numbers = (10, {"integer": 10}, 1, 1, 1, 1, 1, 2000.0, 4000.0, 1.5, 2, 0.0, Method.EMULATED_COUNT)
-    counts = Counts("Cortex-A72", *numbers, Environment("c", 1, "s", "r", 1), "00", 2.0, 1.5, 2.5)
+    counts = Counts(
+        "Cortex-A72", *numbers, Environment("c", 1, "s", "r", 1), "00", speedup=2.0, speedup_low=1.5, speedup_high=2.5
+    )
     check = checks(measured=counts, max_latency=2000.0)["latency"]
     assert check.is_met
     assert "2000 kcycles for one inference on ort float32 (modelled, the low end), the limit" in check.sentence

@@ -78,8 +78,9 @@ def run(weighed_and_traced, speedup_of, limit=1.0, **selection):
         timed.append(tuple(plan.replaced))
         low, middle, high = speedup_of(plan.replaced)
         return Latency(
-            4.0 / middle, 1.0, 1.0, 1.0, 10, 1, Method.WALL_CLOCK, Environment("", 1, "", "", 1), "", middle, low, high
-        )
+            4.0 / middle, 1.0, 1.0, 1.0, 10, 1, Method.WALL_CLOCK, Environment("", 1, "", "", 1), "",
+            speedup=middle, speedup_low=low, speedup_high=high,
+        )  # fmt: skip
 
     plans = Plans(weighed, traced)
     guarded, summary = select._Run(options, weighed, plans, traced, limit, latency, Silent()).result()

@@ -18,6 +18,7 @@ from sepdeploy.bench.arm_root import arm64_files
 from sepdeploy.bench.docker_container import named_container
 from sepdeploy.bench.docker_engine import docker, docker_needs
 from sepdeploy.bench.docker_guest import core_of_target, count_in_docker, time_in_docker
+from sepdeploy.cli import main
 from sepdeploy.core.progress import Silent
 from sepdeploy.errors import ToolError, UsageError
 
@@ -46,6 +47,18 @@ def test_both_ways_count_the_same(image, engine, tflite_file, tmp_path):
         assert other.artifact_sha256 == one.artifact_sha256
         assert other.environment.cpu == "Cortex-A72 emulated by the qemu-aarch64 of the Docker image sepdeploy-arm64"
         assert other.environment.runtime == one.environment.runtime
+    assert engine.containers() == []
+
+
+def test_outputs_are_compared_with_this_machine(image, engine, tflite_file, int8_onnx_file, capsys):
+    files = [str(tflite_file), str(int8_onnx_file)]
+    assert main.run(["bench", *files, "--target", "docker:cortex-a76", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    units = [data[file]["numerics"]["is_in_steps"] for file in files]
+    differences = [data[file]["numerics"]["difference"] for file in files]
+    assert units[0] is False
+    assert differences[0] < 1e-5
+    assert differences[1] <= 1.0
     assert engine.containers() == []
 
 
