@@ -20,7 +20,7 @@ from sepdeploy.core.files import sha256_of_bytes, sha256_of_file
 from sepdeploy.core.int8 import PLAIN
 from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.measurement import Measured
-from sepdeploy.core.options import ConvertOptions, MovedInputs, target_format
+from sepdeploy.core.options import ConvertOptions, MovedInputs, require_own_training, target_format
 from sepdeploy.core.pareto import FrontPoint
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
@@ -89,6 +89,7 @@ def convert(
         SepdeployError: if the conversion cannot be carried out.
     """
     progress = progress or Silent()
+    require_own_training(options.training, options.train, is_hooked=finetune is not None)
     if options.plan is not None:
         read_plan_file(options.plan)  # whether it can be read at all, before anything takes long
     elif not options.selects:
@@ -119,6 +120,7 @@ def _convert(
 ) -> Report:
     traced = trace(store, options, inputs)
     evaluator = _evaluator(inputs, batch_size_for(traced), progress)
+    _require_training(options, inputs, progress)
     # Before anything takes long: a network that cannot be exported is refused here.
     originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
     planned = _planner(store, options, inputs, traced, evaluator, originals, progress)
@@ -318,6 +320,15 @@ def _finish(
     return report
 
 
+def _require_training(options: ConvertOptions, inputs: Inputs, progress: Progress) -> None:
+    """See that the training that was asked for will not fail at its last step."""
+    if options.training.is_quantization_aware:
+        from sepdeploy.stages.quantize_aware import require_simulation
+
+        progress.stage("simulating int8")
+        require_simulation(inputs)
+
+
 def _evaluator(inputs: Inputs, batch_size: int, progress: Progress) -> Evaluator:
     """What compares networks with the original, which is seen to be usable first."""
     prefer_channels_last(inputs.network, inputs.example())
@@ -437,13 +448,15 @@ def finetune(
     """
     if train is None and finetune is None:
         raise UsageError("there is nothing to train: give images (--train) or a hook (--finetune-hook)")
+    training = training or TrainOptions()
+    require_own_training(training, train, is_hooked=finetune is not None)
     spec, function = (finetune, None) if isinstance(finetune, str) else (None, finetune)
     with joined_processes() as processes:
         if not processes.is_first:
             processes.told(None)  # that all is fine: if anything is wrong, the first process alone says so
         with _hook(function, spec) as hook:
             record = open_record(Path(bundle), moved or MovedInputs())
-            record = with_training(record, train, training or TrainOptions(), spec)
+            record = with_training(record, train, training, spec)
             report = None
             if processes.is_first:
                 report = _continue(record, hook, None, processes, command, progress or Silent())
@@ -504,6 +517,7 @@ def _continue(
     with locked(folder):
         store = StageStore(folder, on_change=lambda: _discard_results(folder))
         require_unchanged(store, options, inputs)
+        _require_training(options, inputs, progress)
         traced, plan, guard = read_conversion(store)
         if not plan.replaced:
             raise UsageError(f"{folder} is the original network: nothing was replaced, so there is nothing to train")

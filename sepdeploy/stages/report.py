@@ -126,6 +126,7 @@ def make_report(
             network,
             memory_after,
             len(inputs.calibration),
+            is_hooked=options.finetune_hook is not None or any(step.name == "hook" for step in recovery),
         ),
         notes=(
             *inputs.notes,
@@ -180,11 +181,14 @@ def _checks(
     network: nn.Module,
     memory: MemoryProfile,
     images: int,
+    *,
+    is_hooked: bool = False,
 ) -> tuple[Check, ...]:
     converted = target_result(results, options, Role.CONVERTED)
     checks = []
     if options.max_drop_points is not None and converted.quality is not None:
-        checks.append(_accuracy_check(options, results, converted.quality, quality_of_network, images))
+        quality = converted.quality
+        checks.append(_accuracy_check(options, results, quality, quality_of_network, images, is_hooked=is_hooked))
     limits = tuple(_limit_checks(options, converted, network, memory)) if options.selects else ()
     if plan.replaced:
         # Where something else than speed was asked for, a slower file is worth a note (`_file_notes`), but no failure.
@@ -202,6 +206,8 @@ def _accuracy_check(
     quality: Quality,
     quality_of_network: Quality,
     images: int,
+    *,
+    is_hooked: bool = False,
 ) -> Check:
     """Whether the target's file loses no more than --max-drop, and which stage is at fault if it does."""
     limit = options.max_drop_points
@@ -215,7 +221,7 @@ def _accuracy_check(
         f"{drops.file:.2f} points of {quality.drop_basis} lost by the {options.target} {options.precision.value} file "
         f"on {quality.images} images, the limit is {limit:g}"
     )
-    faults = find_faults(options, drops, images)
+    faults = find_faults(options, drops, images, is_hooked=is_hooked)
     for fault in faults:
         sentence += f"; {_FAULTS[fault.stage]} loses {fault.points:.2f}: try {', '.join(fault.advice)}"
     if faults:
