@@ -136,7 +136,7 @@ def make_report(
             *_memory_notes(options, plan, memory_before, memory_after),
             *_lowering_notes(options, network),
             *_file_notes(options, in_bundle),
-            *_int8_notes(in_bundle),
+            *_int8_notes(inputs, in_bundle),
             *_selection_notes(guard),
             *(() if mixed is None else mixed_notes(mixed)),
         ),
@@ -307,29 +307,30 @@ def _selection_notes(guard: GuardRecord) -> tuple[str, ...]:
     )
 
 
-def _int8_notes(results: Sequence[ArtifactResult]) -> tuple[str, ...]:
-    """How the converted network was prepared for int8, and what each step was worth."""
-    result = next((r for r in results if r.artifact.role is Role.CONVERTED and (r.int8_steps or r.int8_note)), None)
-    if result is None:
-        return ()
-    if result.int8_note:
-        return (result.int8_note,)
-    said = [
-        f"{step.name} {step.sqnr_after_db:.1f} dB ({step.detail})"
-        if step.name == "calibration"
-        else f"{step.name} {step.sqnr_after_db - step.sqnr_before_db:+.1f} dB, {'kept' if step.is_kept else 'undone'} "
-        f"({step.detail})"
-        for step in result.int8_steps
-    ]
-    images = plural(result.int8_steps[0].images, "held-out calibration image")
-    note = f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}"
-    ratios = [r.int8_agreement_ratio for r in results if r.artifact.role is Role.CONVERTED]
-    agreed = [
-        f"the int8 files of both formats agree within one step on {100 * ratio:.1f}% of the output values"
-        for ratio in ratios
-        if ratio is not None
-    ]
-    return (note, *agreed)
+def _int8_notes(inputs: Inputs, results: Sequence[ArtifactResult]) -> tuple[str, ...]:
+    """How the converted network was prepared for int8, what each step was worth, and whether its files agree."""
+    converted = [r for r in results if r.artifact.role is Role.CONVERTED]
+    notes = tuple(dict.fromkeys(r.int8_note for r in converted if r.int8_note))
+    steps = next((r.int8_steps for r in converted if r.int8_steps), ())  # none where ranges were trained with
+    if steps:
+        said = [
+            f"{step.name} {step.sqnr_after_db:.1f} dB ({step.detail})"
+            if step.name == "calibration"
+            else f"{step.name} {step.sqnr_after_db - step.sqnr_before_db:+.1f} dB, "
+            f"{'kept' if step.is_kept else 'undone'} ({step.detail})"
+            for step in steps
+        ]
+        count = steps[0].images
+        images = plural(count, "held-out calibration image")
+        if count == len(inputs.calibration):
+            images = f"{plural(count, 'calibration image')} (too few to hold some out)"
+        notes += (f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}",)
+    return notes + tuple(
+        f"the int8 files of both formats agree within one step on {100 * r.int8_agreement_ratio:.1f}% of the output "
+        "values"
+        for r in converted
+        if r.int8_agreement_ratio is not None
+    )
 
 
 def _quality_notes(inputs: Inputs, traced: Trace, quality: Quality) -> tuple[str, ...]:
