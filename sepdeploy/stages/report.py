@@ -28,12 +28,12 @@ from sepdeploy.quantize.float16 import computes_in_float16
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.render.format_numbers import plural
 from sepdeploy.render.html import render_html
-from sepdeploy.stages.deploy import versions
 from sepdeploy.stages.fault import find_faults
 from sepdeploy.stages.guard import GuardRecord
 from sepdeploy.stages.load import Inputs, summarize_images
 from sepdeploy.stages.mixed import mixed_notes
 from sepdeploy.stages.reopen import RECORD
+from sepdeploy.stages.versions import versions
 from sepdeploy.version import __version__
 
 __all__ = ["Qualities", "make_report", "target_result", "write_bundle"]
