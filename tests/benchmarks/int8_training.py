@@ -61,7 +61,7 @@ class Study:
         given = {"preprocess": read_preprocess(Path("calibration/cifar10.toml"))}
         path = str(self.work / "train.npz")
         calibration = open_images(path, role="calibration", limit=arguments.calibration, seed=0, **given)
-        train = open_images(path, role="train", limit=arguments.train, seed=1, **given)
+        train = open_images(path, role="calibration", limit=arguments.train, seed=1, **given)
         self.test = open_images(str(self.work / "test.npz"), role="validation", limit=arguments.test, seed=0, **given)
         checkpoint = arguments.source / "weights" / f"{arguments.net}_jpeg.pt"
         self.original = load_model(checkpoint, ARCHITECTURES[arguments.net]).module
