@@ -312,7 +312,12 @@ def _int8_notes(inputs: Inputs, results: Sequence[ArtifactResult]) -> tuple[str,
     converted = [r for r in results if r.artifact.role is Role.CONVERTED]
     notes = tuple(dict.fromkeys(r.int8_note for r in converted if r.int8_note))
     steps = next((r.int8_steps for r in converted if r.int8_steps), ())  # none where ranges were trained with
-    if steps:
+    if steps and steps[0].images == len(inputs.calibration):
+        notes += (
+            f"int8: {plural(steps[0].images, 'calibration image')}, too few to hold some out, so nothing was tried "
+            "that would have to be judged; values beyond those of so few images are clipped: give 100 images or more",
+        )
+    elif steps:
         said = [
             f"{step.name} {step.sqnr_after_db:.1f} dB ({step.detail})"
             if step.name == "calibration"
@@ -320,10 +325,7 @@ def _int8_notes(inputs: Inputs, results: Sequence[ArtifactResult]) -> tuple[str,
             f"{'kept' if step.is_kept else 'undone'} ({step.detail})"
             for step in steps
         ]
-        count = steps[0].images
-        images = plural(count, "held-out calibration image")
-        if count == len(inputs.calibration):
-            images = f"{plural(count, 'calibration image')} (too few to hold some out)"
+        images = plural(steps[0].images, "held-out calibration image")
         notes += (f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}",)
     return notes + tuple(
         f"the int8 files of both formats agree within one step on {100 * r.int8_agreement_ratio:.1f}% of the output "
