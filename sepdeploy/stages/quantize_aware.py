@@ -25,7 +25,7 @@ from sepdeploy.stages.load import Inputs
 from sepdeploy.train.finetune import finetune
 from sepdeploy.train.optimization import peak_learning_rate
 
-__all__ = ["TrainedForInt8", "require_simulation", "train_for_int8"]
+__all__ = ["TrainedForInt8", "qat_options", "require_simulation", "train_for_int8"]
 
 _EPOCHS_RATIO = 0.25
 _RATE_RATIO = 0.1
@@ -131,10 +131,14 @@ def _take_over(network: nn.Module, trained: nn.Module) -> None:
 
 
 def qat_options(options: TrainOptions) -> TrainOptions:
-    """How to train through rounding, after a training with `options`."""
+    """How to train through rounding, after a training with `options`.
+
+    In float32: bfloat16 has 8 significant bits, and would round codes of 8 bits once more.
+    """
     return replace(
         options,
         epochs=max(1, math.ceil(_EPOCHS_RATIO * options.epochs)),
         learning_rate=_RATE_RATIO * peak_learning_rate(options),
         feature_weight=0.0,
+        precision="float32",
     )

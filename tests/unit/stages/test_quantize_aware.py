@@ -21,7 +21,7 @@ from sepdeploy.errors import UnsupportedModelError, UsageError
 from sepdeploy.planning.evaluate import tensor_batches
 from sepdeploy.quantize.simulate import fake_quantized
 from sepdeploy.stages.load import Inputs
-from sepdeploy.stages.quantize_aware import require_simulation, train_for_int8
+from sepdeploy.stages.quantize_aware import qat_options, require_simulation, train_for_int8
 
 
 class Awkward(nn.Module):
@@ -80,6 +80,12 @@ def test_a_network_that_cannot_be_simulated_is_refused_before_any_training(input
     network = ByValue().eval()
     with pytest.raises(UnsupportedModelError, match=r"--qat trains .* cannot be captured.* or leave out --qat"):
         require_simulation(Inputs(network, inputs.architecture, "0", inputs.calibration, inputs.calibration, None, ()))
+
+
+def test_it_trains_in_float32_a_quarter_as_long_at_a_tenth_of_the_rate():
+    found = qat_options(TrainOptions(epochs=10, precision="bfloat16"))
+    assert (found.epochs, found.precision, found.feature_weight) == (3, "float32", 0)
+    assert found.learning_rate == pytest.approx(3e-4)
 
 
 AWARE = TrainOptions(is_quantization_aware=True)
