@@ -28,8 +28,9 @@ from sepdeploy.train.optimization import peak_learning_rate
 __all__ = ["TrainedForInt8", "qat_options", "require_simulation", "train_for_int8"]
 
 _EPOCHS_RATIO = 0.25
-_RATE_RATIO = 0.1
-"""Of the fine-tuning's: the network is where it should be, and only has to get used to the rounding."""
+_RATE_RATIO = 0.001
+"""Of the fine-tuning's: the network is where it should be, and only has to get used to the rounding. AdamW moves each
+weight by about the rate in each step, whatever the gradient: 3e-4 would be an int8 step within ten, and all noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ def train_for_int8(
         features=(),
         folder=folder,
         progress=progress,
+        by_damage=True,  # some hundred labels do not tell such small changes from chance
     )
     _take_over(prepared.network, trained.graph if isinstance(trained, _OneByOne) else trained)
     step = replace(step, name="quantization-aware training")
@@ -133,12 +135,14 @@ def _take_over(network: nn.Module, trained: nn.Module) -> None:
 def qat_options(options: TrainOptions) -> TrainOptions:
     """How to train through rounding, after a training with `options`.
 
-    In float32: bfloat16 has 8 significant bits, and would round codes of 8 bits once more.
+    In float32: bfloat16 has 8 significant bits, and would round codes of 8 bits once more. Without labels, unless
+    there is nothing else: what they teach is for the training before, and drowns what rounding has changed.
     """
     return replace(
         options,
         epochs=max(1, math.ceil(_EPOCHS_RATIO * options.epochs)),
         learning_rate=_RATE_RATIO * peak_learning_rate(options),
         feature_weight=0.0,
+        label_weight=0.0 if options.distill_weight else options.label_weight,
         precision="float32",
     )

@@ -59,7 +59,7 @@ def test_one_image_at_a_time_and_two_names_for_a_weight(inputs, tmp_path):
         weight += 0.05 * torch.randn_like(weight)  # there is something to learn
     student.requires_grad_(True)
     training = TrainOptions(
-        epochs=4, batch_size=8, learning_rate=0.1, ema_decay=0, augment=(), is_quantization_aware=True
+        epochs=4, batch_size=8, learning_rate=9.0, ema_decay=0, augment=(), is_quantization_aware=True
     )
     options = ConvertOptions(tmp_path, "net.py:net", "images", training=training, train="images", int8=PLAIN)
     traced = trace_network(inputs.network, inputs.example())
@@ -82,10 +82,11 @@ def test_a_network_that_cannot_be_simulated_is_refused_before_any_training(input
         require_simulation(Inputs(network, inputs.architecture, "0", inputs.calibration, inputs.calibration, None, ()))
 
 
-def test_it_trains_in_float32_a_quarter_as_long_at_a_tenth_of_the_rate():
+def test_it_trains_in_float32_without_labels_at_a_low_rate():
     found = qat_options(TrainOptions(epochs=10, precision="bfloat16"))
-    assert (found.epochs, found.precision, found.feature_weight) == (3, "float32", 0)
-    assert found.learning_rate == pytest.approx(3e-4)
+    assert (found.epochs, found.precision, found.feature_weight, found.label_weight) == (3, "float32", 0, 0)
+    assert found.learning_rate == pytest.approx(3e-6)
+    assert qat_options(TrainOptions(distill_weight=0.0)).label_weight == 0.5  # there is nothing else to learn from
 
 
 AWARE = TrainOptions(is_quantization_aware=True)
