@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sepdeploy.analyze.trace import trace_network
-from sepdeploy.core.artifact import Format, Precision, Role
+from sepdeploy.core.artifact import Precision, Role
 from sepdeploy.core.codec import read_json, to_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.design import DesignOptions, DesignResult
@@ -20,38 +18,31 @@ from sepdeploy.core.files import sha256_of_bytes, sha256_of_file
 from sepdeploy.core.int8 import PLAIN
 from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.measurement import Measured
-from sepdeploy.core.options import ConvertOptions, MovedInputs, target_format
+from sepdeploy.core.options import ConvertOptions, MovedInputs, require_own_training, target_format
 from sepdeploy.core.pareto import FrontPoint
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
-from sepdeploy.core.report import ArtifactResult, Drops, Report
+from sepdeploy.core.report import ArtifactResult, Report
 from sepdeploy.core.selection import Selection
 from sepdeploy.core.stage_store import StageStore, locked, require_usable
 from sepdeploy.core.training import TrainOptions
-from sepdeploy.errors import ContractError, UsageError
+from sepdeploy.errors import UsageError
 from sepdeploy.loading.checkpoint import load_state_dict
 from sepdeploy.planning.design_network import design_network
 from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channels_last
 from sepdeploy.planning.target import find_target
 from sepdeploy.schemes.scheme import find_scheme
-from sepdeploy.stages.attempts import AttemptFile, first_attempt, next_attempt, without_recovery
-from sepdeploy.stages.deploy import (
-    artifact_path,
-    deploy,
-    measure_cost,
-    measure_network,
-    measure_quality,
-    target_cost,
-    versions,
-)
+from sepdeploy.stages.after_transfer import given_hook, recover_without_labels, require_training, train_network
+from sepdeploy.stages.attempts import AttemptFile, first_attempt, limit_options, next_attempt, without_recovery
+from sepdeploy.stages.deploy import deploy
 from sepdeploy.stages.design import check_design_folder, write_design
 from sepdeploy.stages.fault import is_beyond_transfer
+from sepdeploy.stages.finish import discard_results, finish_bundle, measure_drops
 from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard, trace
 from sepdeploy.stages.inspect_model import inspect_model
 from sepdeploy.stages.launch import Processes, joined_processes, launched_processes
 from sepdeploy.stages.load import Inputs, load_inputs
-from sepdeploy.stages.mixed import Mixer, read_mixed
-from sepdeploy.stages.numerics import compare_on_core
+from sepdeploy.stages.measure import target_cost
 from sepdeploy.stages.plan_file import read_given_plan, read_plan_file
 from sepdeploy.stages.recover import Recovered, Recovery, Weights
 from sepdeploy.stages.reopen import (
@@ -63,10 +54,10 @@ from sepdeploy.stages.reopen import (
     require_unchanged,
     with_training,
 )
-from sepdeploy.stages.report import Qualities, make_report, target_result, write_bundle
+from sepdeploy.stages.report import target_result
 from sepdeploy.stages.select import measure_front, run_selection, with_plan
 from sepdeploy.stages.weigh import share_damages, weigh
-from sepdeploy.train.hooks import FinetuneHook, Hook, hook_of, opened_hook
+from sepdeploy.train.hooks import FinetuneHook, Hook
 
 __all__ = ["adopt", "convert", "design", "finetune", "inspect_model", "plan"]
 
@@ -90,6 +81,7 @@ def convert(
         SepdeployError: if the conversion cannot be carried out.
     """
     progress = progress or Silent()
+    require_own_training(options.training, options.train, is_hooked=finetune is not None)
     if options.plan is not None:
         read_plan_file(options.plan)  # whether it can be read at all, before anything takes long
     elif not options.selects:
@@ -103,10 +95,10 @@ def convert(
             "'accelerate launch -m sepdeploy finetune BUNDLE --train PATH'"
         )
     torch.manual_seed(options.seed)
-    with _hook(finetune, options.finetune_hook) as hook:
+    with given_hook(finetune, options.finetune_hook) as hook:
         inputs = load_inputs(options, progress)
         with locked(folder):
-            store = StageStore(folder, on_change=lambda: _discard_results(folder, RECORD))
+            store = StageStore(folder, on_change=lambda: discard_results(folder, RECORD))
             progress.stage("tracing the network")
             return _convert(store, options, inputs, hook, progress)
 
@@ -120,30 +112,33 @@ def _convert(
 ) -> Report:
     traced = trace(store, options, inputs)
     evaluator = _evaluator(inputs, batch_size_for(traced), progress)
+    require_training(options, inputs, progress)
     # Before anything takes long: a network that cannot be exported is refused here.
     originals = deploy(store, options, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
     planned = _planner(store, options, inputs, traced, evaluator, originals, progress)
     is_trained = inputs.train is not None or hook is not None
     weighed = sha256_of_file(store.work / "selection.json") if options.selects else None
-    basis = {**inputs.network_key(), **_limit_options(options, inputs, hook), "weighed": weighed}
+    basis = {**inputs.network_key(), **limit_options(options, inputs, hook), "weighed": weighed}
     file = AttemptFile(store.work / "limit.json", basis)
     is_known = hook is None or hook.key is not None  # two closures of one name may do different things
     attempt = (file.read() if is_known else None) or first_attempt(options, is_trained=is_trained)
     while True:
         plan, network, guard = planned(attempt.limit_points)
         recovery = Recovery(store, store.folder, options, inputs, traced, plan, progress, Processes())
-        untrained = _recover(recovery, options, Recovered(TRANSFERRED, network), is_recovering=attempt.is_recovering)
+        untrained = recover_without_labels(
+            recovery, options, Recovered(TRANSFERRED, network), is_recovering=attempt.is_recovering
+        )
         last = untrained
         if attempt.is_recovering:
             is_aware = options.training.is_quantization_aware
-            last = _train(recovery, inputs, untrained, hook, is_quantization_aware=is_aware)
+            last = train_network(recovery, inputs, untrained, hook, is_quantization_aware=is_aware)
         recovery.finish(last)
         promise = options.max_drop_points
         if promise is None or attempt.is_last or (options.selects and options.selection.has_limit):
             break
         following = None
         if plan.replaced:
-            drops = _drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
+            drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
             if drops.file > promise and not is_beyond_transfer(promise, drops):
                 following = next_attempt(attempt, promise, guard.quality.drop_points, drops.file)
         elif attempt.is_recovering and guard.limit_points is not None and guard.limit_points < promise:
@@ -154,7 +149,7 @@ def _convert(
         file.write(attempt)
     file.write(replace(attempt, is_last=True))
     record = RunRecord(absolute_options(options, inputs.architecture), untrained.name)
-    return _finish(store, options, inputs, traced, plan, guard, last, evaluator, record, progress)
+    return finish_bundle(store, options, inputs, traced, plan, guard, last, evaluator, record, progress)
 
 
 def _planner(
@@ -184,9 +179,7 @@ def _planner(
 
     def timed(plan: Plan, network: nn.Module) -> Measured:
         """The target's file of a network that was only transferred, against the original's: weights are no matter."""
-        only_target = replace(
-            options, formats=(target_format(options.target),), int8=replace(PLAIN, io=options.int8.io)
-        )
+        only_target = _for_timing(options)
         sha256 = sha256_of_bytes(to_json(plan).encode())
         results = deploy(store, only_target, inputs, traced, network, Role.CONVERTED, sha256, progress, plan)
         return target_cost([original, target_result(results, options, Role.CONVERTED)], options)
@@ -246,7 +239,7 @@ def _plan(
         store = StageStore(folder / "search", on_change=lambda: None)
         traced = trace(store, options, inputs)
         evaluator = _evaluator(inputs, batch_size_for(traced), progress)
-        only_target = replace(options, formats=(target_format(options.target),))
+        only_target = _for_timing(options)
         originals = deploy(
             store, only_target, inputs, traced, inputs.network, Role.ORIGINAL, inputs.model_sha256, progress
         )
@@ -263,61 +256,15 @@ def _plan(
     return weighed, front
 
 
-def _recover(recovery: Recovery, options: ConvertOptions, transferred: Recovered, *, is_recovering: bool) -> Recovered:
-    """What wins accuracy back without labels; a transfer without data stays without."""
-    if options.transfer == "data-free" or not recovery.replaces_anything:
-        return transferred
-    recalibrated = recovery.recalibrate(transferred)
-    return recovery.reconstruct(recalibrated) if is_recovering and options.reconstructs else recalibrated
-
-
-def _train(
-    recovery: Recovery, inputs: Inputs, before: Recovered, hook: Hook | None, *, is_quantization_aware: bool
-) -> Recovered:
-    """The user's own training, or else fine-tuning, then through rounding if that is asked for, or nothing."""
-    if not recovery.replaces_anything:
-        return before
-    if hook is not None:
-        return recovery.run_hook(before, hook)
-    if inputs.train is None:
-        return before
-    tuned = recovery.finetune(before)
-    return recovery.train_for_int8(tuned) if is_quantization_aware else tuned
-
-
-def _finish(
-    store: StageStore,
-    options: ConvertOptions,
-    inputs: Inputs,
-    traced: Trace,
-    plan: Plan,
-    guard: GuardRecord,
-    last: Recovered,
-    evaluator: Evaluator,
-    record: RunRecord,
-    progress: Progress,
-) -> Report:
-    """Export, measure and report the bundle's network."""
-    files = partial(deploy, store, options, inputs, traced, is_final=True)
-    originals = files(inputs.network, Role.ORIGINAL, inputs.model_sha256, progress)
-    mixer = _mixer(store, options, inputs, plan, evaluator, progress)
-    weights = _weights_sha256(store)
-    converted = files(last.network, Role.CONVERTED, weights, progress, plan, last.ranges, mixer=mixer)
-    qualities = Qualities(
-        original=evaluator.original_quality(),
-        transferred=guard.quality,
-        converted=measure_network(store, last.network, inputs, evaluator, progress),
+def _for_timing(options: ConvertOptions) -> ConvertOptions:
+    """For files whose weights do not matter: the target's alone, quantized the quickest way."""
+    return replace(
+        options,
+        formats=(target_format(options.target),),
+        precisions=tuple(dict.fromkeys((Precision.FLOAT32, options.precision))),
+        int8=replace(PLAIN, io=options.int8.io),
+        training=replace(options.training, is_quantization_aware=False),  # it asks for int8 files
     )
-    results = [measure_quality(store, r, inputs, evaluator, options, progress) for r in (*originals, *converted)]
-    results = compare_on_core(store, results, options, progress)
-    results = measure_cost(results, options, progress)
-    progress.stage("writing the report")
-    mixed = None if mixer is None else read_mixed(store)
-    report = make_report(options, inputs, traced, plan, last.network, guard, last.steps, qualities, results, mixed)
-    _discard_results(store.folder)
-    _discard_other_files(store.folder, options)
-    write_bundle(options, inputs, report, record)
-    return report
 
 
 def _evaluator(inputs: Inputs, batch_size: int, progress: Progress) -> Evaluator:
@@ -327,83 +274,6 @@ def _evaluator(inputs: Inputs, batch_size: int, progress: Progress) -> Evaluator
     progress.stage("running the original network on the validation images")
     evaluator.original_quality()
     return evaluator
-
-
-def _limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -> dict[str, object]:
-    """What the limit that the guard ends up with depends on, besides the network."""
-    return {
-        "scheme": options.scheme,
-        "options": repr(options.scheme_options),
-        "includes_linear": options.includes_linear,
-        "transfer": options.transfer,
-        "reconstruct": repr(options.reconstruct),
-        "train": None if inputs.train is None else inputs.train.sha256,
-        "training": repr(options.training),
-        "hook": None if hook is None else hook.name,
-        "hook_key": None if hook is None else hook.key,
-        "selection": repr(options.selection) if options.selects else None,
-        "plan": None if options.plan is None else sha256_of_file(options.plan),
-        "max_drop": options.max_drop_points,
-        "recoverable": options.recoverable_points,
-        "lowering": options.lowering,
-        "int8": repr(options.int8),
-        "target": options.target,
-        "precision": options.precision.value,
-        "mixed": options.mixed,
-        "calibration": inputs.calibration.sha256,
-        "validation": inputs.validation.sha256,
-        "versions": versions(),
-    }
-
-
-def _drops(
-    store: StageStore,
-    options: ConvertOptions,
-    inputs: Inputs,
-    traced: Trace,
-    plan: Plan,
-    last: Recovered,
-    originals: Sequence[ArtifactResult],
-    evaluator: Evaluator,
-    progress: Progress,
-) -> Drops:
-    """Points that the target's file loses, which is exported and measured for that, and where they go."""
-    only_target = replace(options, formats=(target_format(options.target),))
-    weights = _weights_sha256(store)
-    mixer = _mixer(store, options, inputs, plan, evaluator, progress)
-    made = partial(deploy, store, only_target, inputs, traced, mixer=mixer)
-    results = made(last.network, Role.CONVERTED, weights, progress, plan, last.ranges)
-    points = []
-    for role in (Role.CONVERTED, Role.ORIGINAL):
-        target = target_result((*results, *originals), options, role)
-        quality = measure_quality(store, target, inputs, evaluator, options, progress).quality
-        if quality is None:
-            raise ContractError("the target's file was not measured")
-        points.append(quality.drop_points)
-    return Drops(points[0], measure_network(store, last.network, inputs, evaluator, progress).drop_points, points[1])
-
-
-def _mixer(
-    store: StageStore, options: ConvertOptions, inputs: Inputs, plan: Plan, evaluator: Evaluator, progress: Progress
-) -> Mixer | None:
-    return Mixer(store, options, inputs, plan, evaluator, progress) if options.mixed == "auto" else None
-
-
-def _weights_sha256(store: StageStore) -> str:
-    """What the converted network's files depend on."""
-    return sha256_of_file(store.folder / "model.pt") + sha256_of_file(store.folder / "plan.json")
-
-
-@contextmanager
-def _hook(function: FinetuneHook | None, spec: str | None) -> Iterator[Hook | None]:
-    """The user's training, given as a callable or by name; None if there is none."""
-    if function is not None:
-        yield hook_of(function)
-    elif spec is not None:
-        with opened_hook(spec) as hook:
-            yield hook
-    else:
-        yield None
 
 
 def finetune(
@@ -439,13 +309,15 @@ def finetune(
     """
     if train is None and finetune is None:
         raise UsageError("there is nothing to train: give images (--train) or a hook (--finetune-hook)")
+    training = training or TrainOptions()
+    require_own_training(training, train, is_hooked=finetune is not None)
     spec, function = (finetune, None) if isinstance(finetune, str) else (None, finetune)
     with joined_processes() as processes:
         if not processes.is_first:
             processes.told(None)  # that all is fine: if anything is wrong, the first process alone says so
-        with _hook(function, spec) as hook:
+        with given_hook(function, spec) as hook:
             record = open_record(Path(bundle), moved or MovedInputs())
-            record = with_training(record, train, training or TrainOptions(), spec)
+            record = with_training(record, train, training, spec)
             report = None
             if processes.is_first:
                 report = _continue(record, hook, None, processes, command, progress or Silent())
@@ -504,8 +376,9 @@ def _continue(
     torch.manual_seed(options.seed)
     inputs = load_inputs(options, progress)
     with locked(folder):
-        store = StageStore(folder, on_change=lambda: _discard_results(folder))
+        store = StageStore(folder, on_change=lambda: discard_results(folder))
         require_unchanged(store, options, inputs)
+        require_training(options, inputs, progress)
         traced, plan, guard = read_conversion(store)
         if not plan.replaced:
             raise UsageError(f"{folder} is the original network: nothing was replaced, so there is nothing to train")
@@ -516,11 +389,11 @@ def _continue(
         if adopted is not None:
             start = recovery.adopt(start, adopted)
         is_aware = options.training.is_quantization_aware
-        last = _train(recovery, inputs, start, hook, is_quantization_aware=is_aware)
+        last = train_network(recovery, inputs, start, hook, is_quantization_aware=is_aware)
         recovery.finish(last)
         told = replace(options, command=f"{options.command or repr(options)} && {command}")
         kept = replace(record, options=absolute_options(options, inputs.architecture))
-        return _finish(store, told, inputs, traced, plan, guard, last, evaluator, kept, progress)
+        return finish_bundle(store, told, inputs, traced, plan, guard, last, evaluator, kept, progress)
 
 
 def _take_part(record: RunRecord, hook: Hook | None, processes: Processes) -> None:
@@ -532,7 +405,7 @@ def _take_part(record: RunRecord, hook: Hook | None, processes: Processes) -> No
     # Opened before the memory layout changes, as in the first process: training needs the same layout in all.
     start = recovery.open(record.start)
     prefer_channels_last(inputs.network, inputs.example())
-    _train(recovery, inputs, start, hook, is_quantization_aware=options.training.is_quantization_aware)
+    train_network(recovery, inputs, start, hook, is_quantization_aware=options.training.is_quantization_aware)
 
 
 def design(options: DesignOptions, progress: Progress | None = None) -> tuple[nn.Module, DesignResult]:
@@ -555,18 +428,3 @@ def design(options: DesignOptions, progress: Progress | None = None) -> tuple[nn
     if options.output is not None:
         write_design(options.output, designed, options)
     return designed.module, designed.result
-
-
-def _discard_results(folder: Path, *more: str) -> None:
-    """Remove what marks the bundle as finished, before the first file behind it changes; the manifest goes first."""
-    for name in ("manifest.json", "report.json", "report.html", *more):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _discard_other_files(folder: Path, options: ConvertOptions) -> None:
-    """Remove files of formats and precisions that an earlier run made and this one does not."""
-    for file_format in Format:
-        for precision in Precision:
-            if file_format not in options.formats or precision not in options.precisions:
-                for role in Role:
-                    artifact_path(folder, file_format, precision, role).unlink(missing_ok=True)

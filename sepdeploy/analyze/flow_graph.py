@@ -60,10 +60,13 @@ def capture_graph(network: nn.Module, example: Tensor) -> GraphModule:
         if fixed_batch_size(graph) is not None:
             graph = _captured(network, example[:1], None)
     except Exception as error:  # whatever Python code in a forward pass may do to it
-        raise UnsupportedModelError(
-            f"the data flow of the network cannot be captured: {first_line(error)}; rewrite that part of its forward "
-            "method"
-        ) from error
+        try:
+            graph = _captured(network, example[:1], None)  # it may have the number of images written into it
+        except Exception:
+            raise UnsupportedModelError(
+                f"the data flow of the network cannot be captured: {first_line(error)}; rewrite that part of its "
+                "forward method"
+            ) from error
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and not node.users:  # checks of the input's shape
             graph.graph.erase_node(node)
@@ -83,9 +86,11 @@ def _captured(network: nn.Module, batch: Tensor, dynamic_shapes: Any) -> GraphMo
 
 def fixed_batch_size(graph: GraphModule) -> int | None:
     """How many images the graph takes at a time; None if any number."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
     (first, *_) = (node for node in graph.graph.nodes if node.op == "placeholder")
     size = first.meta["val"].shape[0]
-    return size if isinstance(size, int) else None
+    return int(size) if is_concrete_int(size) else None  # a symbol too may have been found to be a number
 
 
 def operator(node: Node) -> str:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar, get_args
+from typing import get_args
 
 import click
 
+from sepdeploy.cli.collect import collected
 from sepdeploy.core.int8 import CalibrationMethod, Int8Options, IoType
 
 __all__ = ["int8_options"]
-
-_T = TypeVar("_T", bound=Callable[..., Any])
 
 _DEFAULTS = Int8Options()
 
@@ -32,28 +29,13 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def int8_options(command: _T) -> _T:
-    """Give a command the options of int8; it takes `int8`, the fields of `Int8Options`."""
+_FIELDS = {
+    "calibration_method": "calibration_method",
+    "io": "io",
+    "equalize": "equalizes",
+    "bias_correction": "corrects_bias",
+    "adaptive_rounding": "rounds_adaptively",
+}
 
-    @functools.wraps(command)
-    def collecting(
-        calibration_method: str,
-        io: str,
-        equalize: bool,
-        bias_correction: bool,
-        adaptive_rounding: bool,
-        **arguments: Any,
-    ) -> Any:
-        int8 = {
-            "calibration_method": calibration_method,
-            "io": io,
-            "equalizes": equalize,
-            "corrects_bias": bias_correction,
-            "rounds_adaptively": adaptive_rounding,
-        }
-        return command(int8=int8, **arguments)
-
-    decorated: Any = collecting
-    for option in reversed(_OPTIONS):
-        decorated = option(decorated)
-    return decorated  # type: ignore[no-any-return]
+int8_options = collected(_OPTIONS, "int8", _FIELDS)
+"""Gives a command the options of int8; it takes `int8`, the fields of `Int8Options`."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import click
 
+from sepdeploy.cli.collect import collected
 from sepdeploy.cli.parameters import Bytes
 from sepdeploy.core.options import DEFAULT_MAX_DROP
 
 __all__ = ["selection_options"]
-
-_T = TypeVar("_T", bound=Callable[..., Any])
 
 _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 
@@ -35,30 +30,14 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def selection_options(command: _T) -> _T:
-    """Give a command the options of the selection; it takes `selection`, the fields of `SelectionOptions`."""
+_FIELDS = {
+    "objective": "goal",
+    "max_latency": "max_latency",
+    "max_ratio": "max_latency_ratio",
+    "max_size": "max_size_bytes",
+    "max_memory": "max_memory_bytes",
+    "pricing_time": "pricing_seconds",
+}
 
-    @functools.wraps(command)
-    def collecting(
-        objective: str,
-        max_latency: float | None,
-        max_ratio: float | None,
-        max_size: int | None,
-        max_memory: int | None,
-        pricing_time: float | None,
-        **arguments: Any,
-    ) -> Any:
-        selection = {
-            "goal": objective,
-            "max_latency": max_latency,
-            "max_latency_ratio": max_ratio,
-            "max_size_bytes": max_size,
-            "max_memory_bytes": max_memory,
-            "pricing_seconds": pricing_time,
-        }
-        return command(selection=selection, **arguments)
-
-    decorated: Any = collecting
-    for option in reversed(_OPTIONS):
-        decorated = option(decorated)
-    return decorated  # type: ignore[no-any-return]
+selection_options = collected(_OPTIONS, "selection", _FIELDS)
+"""Gives a command the options of the selection; it takes `selection`, the fields of `SelectionOptions`."""

@@ -45,7 +45,7 @@ _OPTIONS: dict[str, tuple[str, Any, str | None, str]] = {
 _QAT = "is_quantization_aware"
 _QAT_HELP = (
     "After that, train through the rounding of the int8 files (quantization-aware training), a quarter as many epochs "
-    "at a tenth of the rate; the files keep the scales that were trained with."
+    "at a thousandth of the rate; the files keep the scales that were trained with."
 )
 
 _TRAIN_HELP = (

@@ -25,6 +25,7 @@ __all__ = [
     "Goal",
     "MovedInputs",
     "SelectionOptions",
+    "require_own_training",
     "target_for",
     "target_format",
     "target_title",
@@ -186,6 +187,23 @@ class SelectionOptions:
         return any(limit is not None for limit in limits)
 
 
+def require_own_training(training: TrainOptions, train: str | None, *, is_hooked: bool) -> None:
+    """See that what only sepdeploy's own training does is asked for together with that.
+
+    Raises:
+        UsageError: if quantization-aware training is asked for beside a hook or without images.
+    """
+    if not training.is_quantization_aware:
+        return
+    if is_hooked:
+        raise UsageError(
+            "--qat (is_quantization_aware) is part of sepdeploy's own training, whose place the hook takes: leave out "
+            "one of them"
+        )
+    if train is None:
+        raise UsageError("--qat (is_quantization_aware) needs images to train on: give --train (train=) too")
+
+
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
     """What `sepdeploy convert` does; field by field the options of the command line.
@@ -282,6 +300,7 @@ class ConvertOptions:
             raise UsageError(f"--precision {self.precision.value} is left out of --precisions; add it")
         if self.training.is_quantization_aware and Precision.INT8 not in self.precisions:
             raise UsageError("--qat is about int8 files: add int8 to --precisions")
+        require_own_training(self.training, self.train, is_hooked=self.finetune_hook is not None)
         if self.lowering is not None and len(set(self.lowering)) < len(self.lowering):
             raise UsageError(f"--lowering names one twice: {','.join(self.lowering)}")
         if self.transfer not in ("anchored", "data-free"):

@@ -79,8 +79,8 @@ class TrainOptions:
         batch_norm: What batch norms do.
         augment: What is done to images; None takes what the original network's outputs tolerate.
         seed: Of the order of images and of their augmentation.
-        is_quantization_aware: Whether the network is trained once more afterwards, a quarter as long and at a tenth of
-            the rate, with weights and activations rounded as in its int8 files.
+        is_quantization_aware: Whether the network is trained once more afterwards, a quarter as long and at a
+            thousandth of the rate, with weights and activations rounded as in its int8 files.
 
     Raises:
         UsageError: if a number is out of range.

@@ -37,9 +37,18 @@ def output_steps(path: Path) -> list[float]:
     """Scale of each output of a QDQ file, in order; none if one of them is not quantized."""
     import onnx
 
-    affines = affines_of_onnx(path)
-    names = [output.name for output in onnx.load(str(path), load_external_data=False).graph.output]
-    return [affines[name].scale for name in names] if all(name in affines for name in names) else []
+    graph = onnx.load(str(path)).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    steps = []
+    for output in graph.output:
+        maker = makers.get(output.name)
+        while maker is not None and maker.op_type == "Identity":  # of a tensor that is returned twice
+            maker = makers.get(maker.input[0])
+        if maker is None or maker.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            return []
+        steps.append(float(constants[maker.input[1]]))
+    return steps
 
 
 def affines_of_tflite(path: Path) -> dict[str, Affine]:

@@ -14,6 +14,7 @@ from sepdeploy.core.int8_proof import LayerSqnr
 from sepdeploy.core.quiet import silenced_native_stderr
 from sepdeploy.quantize.int8_share import ONNX_LAYERS, tflite_layers, weights_of_onnx
 from sepdeploy.quantize.layer_names import onnx_layer_name
+from sepdeploy.quantize.mixed_onnx import is_copy
 
 if TYPE_CHECKING:
     import onnx
@@ -124,6 +125,7 @@ def _onnx_taps(float_graph: onnx.GraphProto, int8_graph: onnx.GraphProto) -> lis
     known = {value.name for value in float_graph.input} | {name for node in float_graph.node for name in node.output}
     known -= constants
     float_names = {int8_name: name for name, int8_name in _int8_names(int8_graph).items()}
+    copies = {node.output[0]: node.input[0] for node in int8_graph.node if is_copy(node)}
     weights = weights_of_onnx(int8_graph)
     readers = _single_readers(int8_graph)
     layers = []
@@ -134,7 +136,8 @@ def _onnx_taps(float_graph: onnx.GraphProto, int8_graph: onnx.GraphProto) -> lis
         while output in readers and readers[output].op_type in ("Relu", "Clip"):
             output = readers[output].output[0]
         output = output.removesuffix("_QuantizeLinear_Input")
-        inputs = tuple(float_names.get(name, name) for name in node.input[:2])
+        inputs = tuple(copies.get(name, name) for name in node.input[:2])
+        inputs = tuple(float_names.get(name, name) for name in inputs)
         inputs = tuple(name for name in inputs if name in known)
         if inputs and output in known:
             name = onnx_layer_name(node.name, weights[node.output[0]])

@@ -13,7 +13,7 @@ from sepdeploy.quantize.layer_names import onnx_layer_name
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["mix_onnx"]
+__all__ = ["is_copy", "mix_onnx"]
 
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
 _CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -195,6 +195,11 @@ def _barrier(name: str, copy: str) -> onnx.NodeProto:
     from onnx import helper
 
     return helper.make_node("Max", [name], [copy], f"{copy}_copy")
+
+
+def is_copy(node: onnx.NodeProto) -> bool:
+    """Whether a node does nothing but copy a tensor, as `mix_onnx` puts some in."""
+    return node.op_type == "Max" and len(node.input) == 1
 
 
 def _readers(nodes: Iterable[onnx.NodeProto]) -> dict[str, list[onnx.NodeProto]]:

@@ -27,8 +27,11 @@ def set_io_type(model: onnx.ModelProto, io: Literal["float32", "int8", "uint8"])
         return
     graph = model.graph
     _set_input(graph, io)
-    for output in graph.output:
+    ends = {output.name: output for output in graph.output}
+    for output in ends.values():
         _set_output(graph, output, io)
+    for output in graph.output:  # a tensor that is returned twice is listed twice
+        output.CopyFrom(ends[output.name])
 
 
 def _set_input(graph: onnx.GraphProto, io: str) -> None:
@@ -60,25 +63,41 @@ def _set_input(graph: onnx.GraphProto, io: str) -> None:
 def _set_output(graph: onnx.GraphProto, output: onnx.ValueInfoProto, io: str) -> None:
     from onnx import helper
 
-    maker = next((node for node in graph.node if output.name in node.output), None)
-    is_read = any(output.name in node.input for node in graph.node)
-    if maker is None or maker.op_type != "DequantizeLinear" or is_read:
+    makers = {name: node for node in graph.node for name in node.output}
+    readers = [node for node in graph.node if output.name in node.input]
+    maker = makers.get(output.name)
+    floats = f"{output.name}_float"
+    if maker is not None and maker.op_type == "Identity":  # of a tensor that is returned twice, or that is the input
+        copy, floats = maker, maker.input[0]
+        maker = makers.get(floats)
+    else:
+        copy = None
+    if maker is None or maker.op_type != "DequantizeLinear":
         return
     codes, scale, zero_point = maker.input
-    quantizer = next((node for node in graph.node if codes in node.output), None)
-    if quantizer is None or quantizer.op_type != "QuantizeLinear":
+    if codes in makers and makers[codes].op_type != "QuantizeLinear":
         return
-    if io == "uint8":
-        if sum(codes in node.input for node in graph.node) > 1:
-            return
-        graph.node.remove(maker)
-        quantizer.output[0] = output.name
+    if copy is not None:
+        graph.node.remove(copy)
+    _rename(graph, output.name, floats)
+    is_end = any(codes == end.name for end in (*graph.input, *graph.output))
+    if io == "uint8" and copy is None and not is_end:
+        _rename(graph, codes, output.name)
+        if not readers:
+            graph.node.remove(maker)
     else:
-        floats = f"{output.name}_float"
-        maker.output[0] = floats
-        shifted = _shifted_zero_point(graph, zero_point)
-        graph.node.append(helper.make_node("QuantizeLinear", [floats, scale, shifted], [output.name]))
+        target = zero_point if io == "uint8" else _shifted_zero_point(graph, zero_point)
+        graph.node.append(helper.make_node("QuantizeLinear", [floats, scale, target], [output.name]))
     _set_type(output, io)
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Give a tensor another name where it is made and wherever it is read."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                if name == old:
+                    names[place] = new
 
 
 def _shifted_zero_point(graph: onnx.GraphProto, name: str) -> str:

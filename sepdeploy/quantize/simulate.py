@@ -45,6 +45,9 @@ _PRESCRIBED: Mapping[str, Affine] = MappingProxyType(
 _UNJOINED = _PRESCRIBED.keys() | {"cat", "stack"}
 """Operators whose output keeps its own scale when it is joined to others."""
 
+_TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+"""Operators that multiply by weights too, (input, weight, bias, ...), but (I, O, ...)."""
+
 _FUSED_ACTIVATIONS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min"})
 _FUSING = WEIGHTED | {"add", "sub", "mul", "getitem", "batch_norm"}
 
@@ -161,13 +164,21 @@ class QuantizeActivation(nn.Module):
 
 
 class QuantizeWeight(nn.Module):
-    """Rounds a weight to -127 to 127 steps per output channel, the largest magnitude being 127 steps."""
+    """Rounds a weight to -127 to 127 steps per output channel, the largest magnitude being 127 steps.
+
+    Args:
+        axis: Of the output channels.
+    """
+
+    def __init__(self, axis: int = 0) -> None:
+        super().__init__()
+        self.axis = axis
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Round (O, ...)."""
-        scale = weight_scales(weight)
-        zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)  # symmetric
-        return torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -127, 127)
+        """Round (O, ...), or (I, O, ...) where the axis is 1."""
+        scale = weight_scales(weight, self.axis)
+        zeros = torch.zeros(len(scale), dtype=torch.int32, device=weight.device)  # symmetric
+        return torch.fake_quantize_per_channel_affine(weight, scale, zeros, self.axis, -127, 127)
 
 
 class QuantizeBias(nn.Module):
@@ -175,22 +186,23 @@ class QuantizeBias(nn.Module):
 
     Args:
         input_scale: Of the activation that the weight is multiplied with.
+        axis: Of the weight's output channels.
     """
 
-    def __init__(self, input_scale: float) -> None:
+    def __init__(self, input_scale: float, axis: int = 0) -> None:
         super().__init__()
-        self.input_scale = input_scale
+        self.input_scale, self.axis = input_scale, axis
 
     def forward(self, bias: Tensor, weight: Tensor) -> Tensor:
-        """Round (O,), given the weight (O, ...)."""
-        step = weight_scales(weight).double() * self.input_scale
+        """Round (O,), given the weight."""
+        step = weight_scales(weight, self.axis).double() * self.input_scale
         rounded = (torch.round(bias.detach().double() / step) * step).to(bias.dtype)
         return bias + (rounded - bias).detach()
 
 
-def weight_scales(weight: Tensor) -> Tensor:
+def weight_scales(weight: Tensor, axis: int = 0) -> Tensor:
     """Scale of each output channel, (O,) float32; any for a channel of zeros."""
-    largest = weight.detach().abs().flatten(1).amax(1)
+    largest = weight.detach().abs().movedim(axis, 0).flatten(1).amax(1)
     return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
 
 
@@ -203,8 +215,10 @@ def fake_quantized(graph: GraphModule, affines: Mapping[str, Affine]) -> GraphMo
     """
     copy = GraphModule(graph, _copied(graph))
     places = {node for node in quantized_places(copy) if node.name in affines}
-    for node in [each for each in copy.graph.nodes if operator(each) in WEIGHTED]:
-        _quantize_weights(copy, node, places, affines)
+    for node in list(copy.graph.nodes):
+        axis = 0 if operator(node) in WEIGHTED else _transposed_axis(node)
+        if axis is not None:
+            _quantize_weights(copy, node, axis, places, affines)
     for node in places:
         _insert(copy, node, f"quantize_{node.name}", QuantizeActivation(affines[node.name]))
     copy.graph.lint()
@@ -222,19 +236,30 @@ def _copied(graph: GraphModule) -> torch.fx.Graph:
     return new
 
 
-def _quantize_weights(graph: GraphModule, node: Node, places: set[Node], affines: Mapping[str, Affine]) -> None:
+def _transposed_axis(node: Node) -> int | None:
+    """Axis of the output channels in the weight of a transposed convolution; None of others and of grouped ones.
+
+    Groups share their scales in ONNX files, and have convolutions of their own in TFLite.
+    """
+    groups = node.args[6] if len(node.args) > 6 else 1
+    return 1 if operator(node) in _TRANSPOSED and groups == 1 else None
+
+
+def _quantize_weights(
+    graph: GraphModule, node: Node, axis: int, places: set[Node], affines: Mapping[str, Affine]
+) -> None:
     weight = node.args[1]
     if not isinstance(weight, Node) or weight in activation_nodes(graph):
         return
     with graph.graph.inserting_before(node):
         name = f"weight_of_{node.name}"
-        graph.add_submodule(name, QuantizeWeight())
+        graph.add_submodule(name, QuantizeWeight(axis))
         arguments = list(node.args)
         arguments[1] = graph.graph.call_module(name, (weight,))
         source = source_place(node.all_input_nodes[0], places)
         if len(arguments) > 2 and isinstance(arguments[2], Node) and source is not None:
             name = f"bias_of_{node.name}"
-            graph.add_submodule(name, QuantizeBias(affines[source.name].scale))
+            graph.add_submodule(name, QuantizeBias(affines[source.name].scale, axis))
             arguments[2] = graph.graph.call_module(name, (arguments[2], weight))
         node.args = tuple(arguments)
 

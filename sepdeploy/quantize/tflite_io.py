@@ -24,25 +24,25 @@ def with_io_type(data: bytes, io: Literal["float32", "int8", "uint8"]) -> bytes:
 
     model = flatbuffer_utils.read_model_from_bytearray(bytearray(data))
     graph = model.subgraphs[0]
-    converted = {}
-    for index in [*graph.inputs, *graph.outputs]:
-        tensor = graph.tensors[index]
-        if tensor.type != schema.TensorType.INT8 or index in converted:
-            continue
-        converted[index] = _add_tensor(graph, tensor, io, schema)
-    inputs = [each for each in graph.inputs if each in converted]
-    outputs = [each for each in graph.outputs if each in converted]
     operators = list(graph.operators)
-    for index in inputs:
-        operators.insert(0, _conversion(model, converted[index], index, io, schema, is_input=True))
-    operators += [_conversion(model, each, converted[each], io, schema, is_input=False) for each in outputs]
+    inputs, outputs = (_added_tensors(graph, ends, io, schema) for ends in (graph.inputs, graph.outputs))
+    for index, added in inputs.items():
+        operators.insert(0, _conversion(model, added, index, io, schema, is_input=True))
+    operators += [_conversion(model, index, added, io, schema, is_input=False) for index, added in outputs.items()]
     graph.operators = operators
-    graph.inputs = np.array([converted.get(each, each) for each in graph.inputs], np.int32)
-    graph.outputs = np.array([converted.get(each, each) for each in graph.outputs], np.int32)
+    graph.inputs = np.array([inputs.get(each, each) for each in graph.inputs], np.int32)
+    graph.outputs = np.array([outputs.get(each, each) for each in graph.outputs], np.int32)
     for signature in model.signatureDefs or []:
-        for end in [*(signature.inputs or []), *(signature.outputs or [])]:
-            end.tensorIndex = converted.get(end.tensorIndex, end.tensorIndex)
+        for ends, added_tensors in ((signature.inputs, inputs), (signature.outputs, outputs)):
+            for end in ends or []:
+                end.tensorIndex = added_tensors.get(end.tensorIndex, end.tensorIndex)
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
+def _added_tensors(graph: Any, ends: Any, io: str, schema: Any) -> dict[int, int]:
+    """Each int8 tensor at an end of the file, once -> a new one in the type that the file is to have there."""
+    found = dict.fromkeys(int(each) for each in ends if graph.tensors[each].type == schema.TensorType.INT8)
+    return {index: _add_tensor(graph, graph.tensors[index], io, schema) for index in found}
 
 
 def _add_tensor(graph: Any, tensor: Any, io: str, schema: Any) -> int:

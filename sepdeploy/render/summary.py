@@ -202,6 +202,11 @@ def quality_ratio(quality: Quality) -> float | None:
     return ratios.get(quality.drop_basis, quality.relative_error)
 
 
+_AWARE = "quantization-aware training"
+_ROUNDED = f" Of {_AWARE} both numbers are those of the network as its int8 files round it."
+_TRAININGS = ("fine-tuning", _AWARE)
+
+
 def recovery_sentence(report: Report) -> str:
     """How far the recovery has brought the PyTorch network, and what damage is."""
     before, after = report.transferred_quality, report.converted_quality
@@ -214,6 +219,7 @@ def recovery_sentence(report: Report) -> str:
     return (
         f"{change}Damage: change of the outputs against the original's on {_judges_text(report)} (divergence of the "
         "class probabilities in nats, or squared relative error)."
+        f"{_ROUNDED if any(step.name == _AWARE for step in report.recovery) else ''}"
     )
 
 
@@ -234,15 +240,15 @@ def selection_sentence(report: Report) -> str:
 
 
 def _judges_text(report: Report) -> str:
-    """The images on which damage was measured: fine-tuning has its own, of the training images if there are enough."""
+    """The images on which damage was measured: training has its own, of the training images if there are enough."""
     tuned, others = (
-        max((step.images for step in report.recovery if (step.name == "fine-tuning") == is_tuned), default=0)
+        max((step.images for step in report.recovery if (step.name in _TRAININGS) == is_tuned), default=0)
         for is_tuned in (True, False)
     )
     if not tuned:
         return plural(others, "held-out calibration image")
     text = plural(tuned, "held-out image")
-    return text if others in (0, tuned) else f"{text} for fine-tuning and {others:,} for the other steps"
+    return text if others in (0, tuned) else f"{text} for the training and {others:,} for the other steps"
 
 
 def _size_row(report: Report) -> SummaryRow:

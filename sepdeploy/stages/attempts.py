@@ -12,10 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sepdeploy.core.codec import read_json, to_data, write_json
+from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.errors import UsageError
+from sepdeploy.stages.load import Inputs
+from sepdeploy.stages.versions import versions
+from sepdeploy.train.hooks import Hook
 
-__all__ = ["Attempt", "AttemptFile", "first_attempt", "next_attempt", "without_recovery"]
+__all__ = ["Attempt", "AttemptFile", "first_attempt", "limit_options", "next_attempt", "without_recovery"]
 
 _MAX_TIGHTENINGS = 2
 
@@ -112,3 +116,30 @@ class AttemptFile:
     def write(self, attempt: Attempt) -> None:
         """Remember `attempt`."""
         write_json(self._path, _Remembered(self._inputs, attempt))
+
+
+def limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -> dict[str, object]:
+    """What the limit that the guard ends up with depends on, besides the network."""
+    return {
+        "scheme": options.scheme,
+        "options": repr(options.scheme_options),
+        "includes_linear": options.includes_linear,
+        "transfer": options.transfer,
+        "reconstruct": repr(options.reconstruct),
+        "train": None if inputs.train is None else inputs.train.sha256,
+        "training": repr(options.training),
+        "hook": None if hook is None else hook.name,
+        "hook_key": None if hook is None else hook.key,
+        "selection": repr(options.selection) if options.selects else None,
+        "plan": None if options.plan is None else sha256_of_file(options.plan),
+        "max_drop": options.max_drop_points,
+        "recoverable": options.recoverable_points,
+        "lowering": options.lowering,
+        "int8": repr(options.int8),
+        "target": options.target,
+        "precision": options.precision.value,
+        "mixed": options.mixed,
+        "calibration": inputs.calibration.sha256,
+        "validation": inputs.validation.sha256,
+        "versions": versions(),
+    }

@@ -1,12 +1,10 @@
-"""Fold, export, quantize, compare and time: from PyTorch networks to files with measurements."""
+"""Fold, export, quantize and compare: from PyTorch networks to files."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
 
@@ -14,69 +12,31 @@ import numpy as np
 import torch
 from torch import nn
 
-from sepdeploy.bench.accuracy import QualityMeter
-from sepdeploy.bench.environment import cpu_name
 from sepdeploy.bench.session import open_session
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
-from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import replacing, sha256_of_file
 from sepdeploy.core.int8 import IoType, PlaceRange, RangeMethod
-from sepdeploy.core.measurement import Counts, Measured, Method, Quality
-from sepdeploy.core.options import ConvertOptions, target_for, target_format
+from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan, lowered_for
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.report import ArtifactResult
 from sepdeploy.core.stage_store import StageStore
-from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError
-from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.passes.lower_chains import DEFAULT_LOWERINGS, lower_chains, lowerings_that_apply
 from sepdeploy.passes.replace_convs import copy_network
-from sepdeploy.planning.evaluate import Evaluator, run_network
-from sepdeploy.planning.target import find_kind, find_target
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.stages.int8 import Int8Network, Int8Record, prepare_network, range_images
 from sepdeploy.stages.int8_proof import prove_int8
 from sepdeploy.stages.load import Inputs
 from sepdeploy.stages.mixed import Mixer, explained, read_mixed
+from sepdeploy.stages.numerics import check_numerics, fold_network, numeric_error
+from sepdeploy.stages.versions import versions
 from sepdeploy.version import __version__
 
-__all__ = [
-    "artifact_path",
-    "deploy",
-    "fold_network",
-    "measure_cost",
-    "measure_network",
-    "measure_quality",
-    "target_cost",
-    "versions",
-    "wanted_lowerings",
-]
+__all__ = ["artifact_path", "deploy", "wanted_lowerings"]
 
 _NUMERIC_IMAGES = 64
-_NUMERIC_TOLERANCE = 1e-4
-"""Largest difference between a float file and its PyTorch network, relative to the largest output."""
-
-_SMALLEST_RANGE = 1e-6 / _NUMERIC_TOLERANCE
-"""Outputs smaller than this count as this large: whatever they are, 1e-6 is rounding."""
-
-_OTHER_IMAGES = 2000
-"""Validation images for files that no promise is about."""
-
-
-def versions() -> dict[str, str]:
-    """Package -> installed version of everything that has a hand in the files."""
-    names = (
-        "torch", "numpy", "onnx", "onnxscript", "onnxsim", "onnxruntime",
-        "litert-torch", "ai-edge-litert", "ai-edge-quantizer", "pillow",
-    )  # fmt: skip
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+"""Images on which the outputs of files are compared with the network's."""
 
 
 def artifact_path(folder: Path, file_format: Format, precision: Precision, role: Role) -> Path:
@@ -84,28 +44,6 @@ def artifact_path(folder: Path, file_format: Format, precision: Precision, role:
     infix = "" if precision is Precision.FLOAT32 else f".{precision.value}"
     name = f"model{infix}.{file_format.value}"
     return folder / name if role is Role.CONVERTED else folder / "original" / name
-
-
-def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> nn.Module:
-    """A copy with every batch norm folded that directly follows a convolution, checked on real images.
-
-    Raises:
-        UnsupportedModelError: if the network's own outputs are NaN.
-        ContractError: if the outputs change by more than rounding.
-    """
-    folded: nn.Module = copy_network(network).eval()
-    folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    fold_batchnorm(folded, {site.name: site.norm for site in traced.sites if site.norm is not None})
-    expected = run_network(network, torch.from_numpy(batch))
-    if any(np.isnan(output).any() for output in expected):
-        raise UnsupportedModelError(
-            "the network gives NaN on validation images, so nothing can be compared with it; check its weights and the "
-            "mean and std of the images"
-        )
-    error = _largest_error(expected, run_network(folded, torch.from_numpy(batch)))
-    if not error <= _NUMERIC_TOLERANCE:
-        raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
-    return folded
 
 
 def deploy(
@@ -273,7 +211,7 @@ class _FileMaker:
             with replacing(path) as temporary:
                 _export(network, self.batch[:1], temporary, file_format, is_channels_last=transposes)
                 # Against the network before its chains were lowered: so the lowering is checked too.
-                _check_numerics(temporary, designed, self.batch, is_channels_last=transposes)
+                check_numerics(temporary, designed, self.batch, is_channels_last=transposes)
                 if not is_source:
                     self.store.before_change()
 
@@ -324,7 +262,7 @@ class _FileMaker:
         artifact = Artifact.of_file(
             path, format=file_format, precision=precision, role=self.role, is_channels_last=transposes
         )
-        error = _numeric_error(path, self.network, self.batch, is_channels_last=transposes)
+        error = numeric_error(path, self.network, self.batch, is_channels_last=transposes)
         if precision is not Precision.INT8:
             return ArtifactResult(artifact, None, None, error)
         record = self.int8.record
@@ -367,114 +305,6 @@ class _FileMaker:
         return file_format is Format.TFLITE and self.inputs.calibration.preprocess.layout == "NCHW"
 
 
-def measure_quality(
-    store: StageStore,
-    result: ArtifactResult,
-    inputs: Inputs,
-    evaluator: Evaluator,
-    options: ConvertOptions,
-    progress: Progress,
-) -> ArtifactResult:
-    """Run the file on the validation images; work/quality/*.json.
-
-    The target's files run on all of them, the others on 2,000 at most: their numbers say how many.
-    """
-    artifact = result.artifact
-    name = f"{artifact.role.value}.{artifact.precision.value}.{artifact.format.value}"
-    path = store.work / "quality" / f"{name}.json"
-
-    def make() -> None:
-        progress.stage(f"running the {artifact.role.value} {artifact.precision.value} {artifact.format.value} file")
-        session = open_session(Path(artifact.path), threads=options.threads, is_channels_last=artifact.is_channels_last)
-        meter = QualityMeter()
-        done = 0
-        for batch, reference, labels in evaluator.reference_batches():
-            meter.update(reference, session.predict(batch), labels)
-            done += len(batch)
-            progress.step(done, wanted)
-            if done >= wanted:
-                break
-        write_json(path, meter.result(None))
-
-    is_target = options.is_target_file(artifact.format, artifact.precision)
-    wanted = len(inputs.validation) if is_target else min(len(inputs.validation), _OTHER_IMAGES)
-    key = {
-        **inputs.network_key(),
-        "file": artifact.sha256,
-        "images": inputs.validation.sha256,
-        "wanted": wanted,
-        "versions": versions(),
-        "cpu": cpu_name(),
-        "threads": options.threads,
-    }
-    store.run(f"quality {name}", key, (path,), make)
-    return replace(result, quality=read_json(Quality, path))
-
-
-def measure_network(
-    store: StageStore, network: nn.Module, inputs: Inputs, evaluator: Evaluator, progress: Progress
-) -> Quality:
-    """Run the bundle's PyTorch network on all validation images; work/quality/network.json."""
-    path = store.work / "quality" / "network.json"
-
-    def make() -> None:
-        progress.stage("running the converted network on the validation images")
-        write_json(path, evaluator.quality(network)[0])
-
-    key = {
-        **inputs.network_key(),
-        "weights": sha256_of_file(store.folder / "model.pt"),
-        "plan": sha256_of_file(store.folder / "plan.json"),
-        "images": inputs.validation.sha256,
-    }
-    store.run("quality network", key, (path,), make)
-    return read_json(Quality, path)
-
-
-def target_cost(results: Sequence[ArtifactResult], options: ConvertOptions) -> Measured:
-    """What the last of some files costs on the target; against the first, in the same rounds, if there are several."""
-    target = find_target(options.target, options.precision, options.threads)
-    files = [result.artifact for result in results]
-    return target.compare(files, seconds=options.bench_seconds, seed=options.seed)[-1]
-
-
-def measure_cost(results: list[ArtifactResult], options: ConvertOptions, progress: Progress) -> list[ArtifactResult]:
-    """Time or count every file on the target's processor, each converted one beside the original of its kind.
-
-    Files of the target's other format stay unmeasured where the target cannot run them.
-
-    Raises:
-        ToolError: if the files of the target's format cannot be measured.
-    """
-    measured = []
-    for file_format in options.formats:
-        for precision in options.precisions:
-            pair = [r for r in results if (r.artifact.format, r.artifact.precision) == (file_format, precision)]
-            kind = find_kind(target_for(options.target, file_format))
-            verb = "timing" if kind.method is Method.WALL_CLOCK else f"{kind.name}: counting"
-            progress.stage(f"{verb} {file_format.value} {precision.value}, {options.threads} threads")
-            pair.sort(key=lambda r: r.artifact.role is not Role.ORIGINAL)  # the first is the reference
-            # Without asking for all that pricing needs: files of the other format run without it.
-            target = kind.make(precision, options.threads)
-            try:
-                found = target.compare([r.artifact for r in pair], seconds=options.bench_seconds, seed=options.seed)
-            except ToolError as error:
-                if file_format is target_format(options.target):
-                    raise
-                # Hours of work are not lost because a board has no runtime for the other format.
-                progress.stage(f"{file_format.value} {precision.value} files stay unmeasured: {error}")
-                measured += pair
-                continue
-            measured += [_with_measured(r, each) for r, each in zip(pair, found, strict=True)]
-    return measured
-
-
-def _with_measured(result: ArtifactResult, measured: Measured) -> ArtifactResult:
-    if isinstance(measured, Counts):
-        return replace(result, counts=measured)
-    return replace(result, latency=measured)
-
-
 def _first_images(inputs: Inputs) -> np.ndarray:
     batch, _ = next(inputs.validation.batches(_NUMERIC_IMAGES))
     return batch
@@ -491,52 +321,6 @@ def _export(
         from sepdeploy.export.tflite import export_tflite
 
         export_tflite(network, torch.from_numpy(example), path, is_channels_last=is_channels_last)
-
-
-def _check_numerics(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> None:
-    session = open_session(path, threads=1, is_channels_last=is_channels_last)
-    error = _largest_error(run_network(network, torch.from_numpy(batch)), session.predict(batch))
-    if not error <= _NUMERIC_TOLERANCE:
-        raise ToolError(
-            f"the exported {path.suffix} file computes something else than the network: outputs differ by {error:.1e} "
-            "of their range; leave that format out with --formats"
-        )
-
-
-def _numeric_error(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> float:
-    """Largest |output - output of the PyTorch network| on real images.
-
-    Raises:
-        ToolError: if an output is NaN, or infinite where the network's is not or the other way round.
-    """
-    session = open_session(path, threads=1, is_channels_last=is_channels_last)
-    pairs = zip(run_network(network, torch.from_numpy(batch)), session.predict(batch), strict=True)
-    error = float(np.max([_differences(expected, found).max(initial=0.0) for expected, found in pairs]))
-    if not math.isfinite(error):
-        raise ToolError(
-            f"{path} gives NaN or infinite values where the network does not, or the other way round; leave its "
-            "format out with --formats, or give a network with finite outputs"
-        )
-    return error
-
-
-def _largest_error(expected: tuple[np.ndarray, ...], found: tuple[np.ndarray, ...]) -> float:
-    """Largest difference of any output, relative to that output's largest finite |value| (at least 0.01).
-
-    NaN if any value is NaN, infinite if an infinite value differs.
-    """
-    errors = []
-    for a, b in zip(expected, found, strict=True):
-        largest = np.abs(a[np.isfinite(a)]).max(initial=0.0)
-        errors.append(_differences(a, b).max(initial=0.0) / max(float(largest), _SMALLEST_RANGE))
-    return float(np.max(errors))  # np.max and not max, which may pass over NaN
-
-
-def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Elementwise |a - b| in float64, 0 for equal infinities."""
-    with np.errstate(invalid="ignore"):  # the difference of equal infinities
-        differences = np.abs(a.astype(np.float64) - b)
-    return np.where(a == b, 0.0, differences)
 
 
 def _float_ops(artifact: Artifact) -> tuple[str, ...]:

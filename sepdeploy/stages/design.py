@@ -12,8 +12,8 @@ from sepdeploy.core.stage_store import locked, require_usable
 from sepdeploy.errors import UsageError
 from sepdeploy.planning.design_network import DesignedNetwork
 from sepdeploy.stages.bundle import save_weights
-from sepdeploy.stages.deploy import versions
 from sepdeploy.stages.load import architecture_source
+from sepdeploy.stages.versions import versions
 from sepdeploy.version import __version__
 
 __all__ = ["check_design_folder", "write_design"]

@@ -24,7 +24,7 @@ QUANTIZATION_ADVICE: Mapping[str, Callable[[ConvertOptions], bool]] = MappingPro
 """What helps -> whether it was done already."""
 
 
-def find_faults(options: ConvertOptions, drops: Drops, images: int) -> tuple[Fault, ...]:
+def find_faults(options: ConvertOptions, drops: Drops, images: int, *, is_hooked: bool = False) -> tuple[Fault, ...]:
     """The stages without which the limit would have held, the costlier first; none if it holds.
 
     The float network against the original is what the transfer and all that follows it lost; the file against that
@@ -34,6 +34,7 @@ def find_faults(options: ConvertOptions, drops: Drops, images: int) -> tuple[Fau
         options: How it was converted; what they ask for already is not advised.
         drops: What was lost where.
         images: Calibration images that there were.
+        is_hooked: Whether the user's own training took the place of sepdeploy's.
     """
     limit = options.max_drop_points
     if limit is None or drops.file <= limit:
@@ -41,9 +42,10 @@ def find_faults(options: ConvertOptions, drops: Drops, images: int) -> tuple[Fau
     faults = []
     if drops.network > limit or options.precision is not Precision.INT8:  # a float file differs by some few images
         points = drops.network if drops.network > limit else drops.file
-        faults.append(Fault("transfer", points, tuple(_transfer_advice(options, images))))
+        faults.append(Fault("transfer", points, tuple(_transfer_advice(options, images, is_hooked=is_hooked))))
     if options.precision is Precision.INT8 and (drops.network <= limit or drops.quantization > limit):
-        faults.append(Fault("quantization", drops.quantization, tuple(_quantization_advice(options, images))))
+        advice = tuple(_quantization_advice(options, images, is_hooked=is_hooked))
+        faults.append(Fault("quantization", drops.quantization, advice))
     return tuple(sorted(faults, key=lambda fault: -fault.points))
 
 
@@ -57,9 +59,11 @@ def is_beyond_transfer(limit: float, drops: Drops) -> bool:
     )
 
 
-def _transfer_advice(options: ConvertOptions, images: int) -> Iterator[str]:
-    is_trained = options.train is not None or options.finetune_hook is not None
-    yield "more --epochs" if is_trained else "--train with training images"
+def _transfer_advice(options: ConvertOptions, images: int, *, is_hooked: bool) -> Iterator[str]:
+    if is_hooked:
+        yield "a longer training in the hook"
+    else:
+        yield "--train with training images" if options.train is None else "more --epochs"
     if not options.reconstructs:
         yield "--reconstruct" if options.transfer == "anchored" else "--transfer anchored"
     if not options.selects and options.plan is None:
@@ -68,8 +72,10 @@ def _transfer_advice(options: ConvertOptions, images: int) -> Iterator[str]:
         yield f"more calibration images (there were {images})"
 
 
-def _quantization_advice(options: ConvertOptions, images: int) -> Iterator[str]:
+def _quantization_advice(options: ConvertOptions, images: int, *, is_hooked: bool) -> Iterator[str]:
     for advice, is_done in QUANTIZATION_ADVICE.items():
+        if advice == "--qat" and is_hooked:
+            continue  # a part of the training whose place the hook took
         if not is_done(options):
             yield f"{advice} with --train" if advice == "--qat" and options.train is None else advice
     if images < _ENOUGH_IMAGES:

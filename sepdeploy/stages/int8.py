@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sepdeploy.core.artifact import Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
-from sepdeploy.core.int8 import Affine, Int8Options, Int8Step, PlaceRange, RangeMethod
+from sepdeploy.core.int8 import PLAIN, Affine, Int8Options, Int8Step, PlaceRange, RangeMethod
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.data.images import ImageSet
@@ -143,10 +143,15 @@ def prepare_for_int8(
 ) -> Prepared:
     """The same for a network with its batch norms folded, without remembering it.
 
+    Where no image can be held out, nothing is chosen by what it wins: on the images that it was computed on, everything
+    wins.
+
     Raises:
         UnsupportedModelError: if the network's data flow cannot be captured.
     """
     fit, held_out = range_images(inputs, seed)
+    if len(fit) + len(held_out) > len(inputs.calibration):  # they are the same
+        options = replace(PLAIN, calibration_method=_method_without_judges(options))
     size = batch_size_for(traced)
     return prepare_int8(
         network,
@@ -165,8 +170,13 @@ def _record(prepared: Prepared) -> Int8Record:
     return Int8Record(prepared.method, prepared.is_changed, prepared.sqnr_db, prepared.steps, prepared.places)
 
 
+def _method_without_judges(options: Int8Options) -> RangeMethod:
+    """How ranges are found where nothing can be compared: as asked for, or so that nothing that was seen is clipped."""
+    return "minmax" if options.calibration_method == "auto" else options.calibration_method
+
+
 def _unsimulated(options: Int8Options, reason: str) -> Int8Record:
-    method: RangeMethod = "minmax" if options.calibration_method == "auto" else options.calibration_method
+    method = _method_without_judges(options)
     note = f"int8 could not be simulated, so that each file has ranges of its own, by {method}: {reason}"
     return Int8Record(method, False, None, (), (), note)
 

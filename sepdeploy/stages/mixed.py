@@ -35,6 +35,7 @@ from sepdeploy.quantize.mixed_onnx import mix_onnx
 from sepdeploy.quantize.mixed_tflite import mix_tflite
 from sepdeploy.stages.int8_proof import held_out_images
 from sepdeploy.stages.load import Inputs
+from sepdeploy.stages.versions import versions
 from sepdeploy.version import __version__
 
 __all__ = ["Mixer", "explained", "mixed_notes", "read_mixed"]
@@ -95,6 +96,7 @@ class Mixer:
             "validation": self.inputs.validation.sha256,
             "seconds": [self.options.selection.seconds_per_block, self.options.selection.pricing_seconds],
             "version": __version__,
+            "versions": versions(),
             "cpu": cpu_name(),
         }
 

@@ -1,57 +1,98 @@
-"""Whether the files compute on the emulated core that they are for what they compute here; work/numerics/*.json."""
+"""Whether a folded network and an exported file compute what the network does, on real images."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from functools import partial
+import math
 from pathlib import Path
 
-from sepdeploy.bench.arm_cores import emulated_core
-from sepdeploy.bench.arm_numerics import compare_numerics
-from sepdeploy.bench.arm_root import find_root, tool_versions
-from sepdeploy.core.codec import read_json, write_json
-from sepdeploy.core.measurement import Numerics
-from sepdeploy.core.options import ConvertOptions
-from sepdeploy.core.progress import Progress
-from sepdeploy.core.report import ArtifactResult
-from sepdeploy.core.stage_store import StageStore
-from sepdeploy.stages.deploy import versions
-from sepdeploy.version import __version__
+import numpy as np
+import torch
+from torch import nn
 
-__all__ = ["compare_on_core"]
+from sepdeploy.bench.session import open_session
+from sepdeploy.core.conv import Trace
+from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError
+from sepdeploy.passes.fold_batchnorm import fold_batchnorm
+from sepdeploy.passes.replace_convs import copy_network
+from sepdeploy.planning.evaluate import run_network
+
+__all__ = ["check_numerics", "fold_network", "largest_error", "numeric_error"]
+
+_NUMERIC_TOLERANCE = 1e-4
+"""Largest difference between a float file and its PyTorch network, relative to the largest output."""
+
+_SMALLEST_RANGE = 1e-6 / _NUMERIC_TOLERANCE
+"""Outputs smaller than this count as this large: whatever they are, 1e-6 is rounding."""
 
 
-def compare_on_core(
-    store: StageStore, results: list[ArtifactResult], options: ConvertOptions, progress: Progress
-) -> list[ArtifactResult]:
-    """The files with how far their outputs on the target's core are from those here; as they are for other targets.
-
-    Those that are not known yet run in one emulated process, and those that could not be run. A mismatch is a result:
-    the report says so.
+def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> nn.Module:
+    """A copy with every batch norm folded that directly follows a convolution, checked on real images.
 
     Raises:
-        ToolError: if the emulation fails as a whole.
+        UnsupportedModelError: if the network's own outputs are NaN.
+        ContractError: if the outputs change by more than rounding.
     """
-    core = emulated_core(options.target)
-    if core is None:
-        return results
-    emulation = {
-        "core": asdict(core),
-        "root": find_root(progress).name,
-        "tools": tool_versions(),
-        "versions": versions(),
-        "version": __version__,
-        "seed": options.seed,
-    }
-    names = [f"{r.artifact.role.value}.{r.artifact.precision.value}.{r.artifact.format.value}" for r in results]
-    paths = [store.work / "numerics" / f"{name}.json" for name in names]
-    keys = [{"file": result.artifact.sha256, **emulation} for result in results]
-    stages = [f"numerics {name}" for name in names]
-    stale = [i for i, stage in enumerate(stages) if not store.is_current(stage, keys[i], (paths[i],))]
-    stale += [i for i, path in enumerate(paths) if i not in stale and read_json(Numerics, path).failure]
-    if stale:
-        files = [Path(results[i].artifact.path) for i in stale]
-        for i, numerics in zip(stale, compare_numerics(core, files, progress, seed=options.seed), strict=True):
-            paths[i].unlink(missing_ok=True)
-            store.run(stages[i], keys[i], (paths[i],), partial(write_json, paths[i], numerics))
-    return [replace(result, numerics=read_json(Numerics, path)) for result, path in zip(results, paths, strict=True)]
+    folded: nn.Module = copy_network(network).eval()
+    folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    fold_batchnorm(folded, {site.name: site.norm for site in traced.sites if site.norm is not None})
+    expected = run_network(network, torch.from_numpy(batch))
+    if any(np.isnan(output).any() for output in expected):
+        raise UnsupportedModelError(
+            "the network gives NaN on validation images, so nothing can be compared with it; check its weights and the "
+            "mean and std of the images"
+        )
+    error = largest_error(expected, run_network(folded, torch.from_numpy(batch)))
+    if not error <= _NUMERIC_TOLERANCE:
+        raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
+    return folded
+
+
+def check_numerics(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> None:
+    """See that a float file computes what its network does, on real images.
+
+    Raises:
+        ToolError: if it does not.
+    """
+    session = open_session(path, threads=1, is_channels_last=is_channels_last)
+    error = largest_error(run_network(network, torch.from_numpy(batch)), session.predict(batch))
+    if not error <= _NUMERIC_TOLERANCE:
+        raise ToolError(
+            f"the exported {path.suffix} file computes something else than the network: outputs differ by {error:.1e} "
+            "of their range; leave that format out with --formats"
+        )
+
+
+def numeric_error(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> float:
+    """Largest |output - output of the PyTorch network| on real images.
+
+    Raises:
+        ToolError: if an output is NaN, or infinite where the network's is not or the other way round.
+    """
+    session = open_session(path, threads=1, is_channels_last=is_channels_last)
+    pairs = zip(run_network(network, torch.from_numpy(batch)), session.predict(batch), strict=True)
+    error = float(np.max([_differences(expected, found).max(initial=0.0) for expected, found in pairs]))
+    if not math.isfinite(error):
+        raise ToolError(
+            f"{path} gives NaN or infinite values where the network does not, or the other way round; leave its "
+            "format out with --formats, or give a network with finite outputs"
+        )
+    return error
+
+
+def largest_error(expected: tuple[np.ndarray, ...], found: tuple[np.ndarray, ...]) -> float:
+    """Largest difference of any output, relative to that output's largest finite |value| (at least 0.01).
+
+    NaN if any value is NaN, infinite if an infinite value differs.
+    """
+    errors = []
+    for a, b in zip(expected, found, strict=True):
+        largest = np.abs(a[np.isfinite(a)]).max(initial=0.0)
+        errors.append(_differences(a, b).max(initial=0.0) / max(float(largest), _SMALLEST_RANGE))
+    return float(np.max(errors))  # np.max and not max, which may pass over NaN
+
+
+def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Elementwise |a - b| in float64, 0 for equal infinities."""
+    with np.errstate(invalid="ignore"):  # the difference of equal infinities
+        differences = np.abs(a.astype(np.float64) - b)
+    return np.where(a == b, 0.0, differences)

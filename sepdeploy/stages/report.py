@@ -29,12 +29,12 @@ from sepdeploy.quantize.float16 import computes_in_float16
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.render.format_numbers import plural
 from sepdeploy.render.html import render_html
-from sepdeploy.stages.deploy import versions
 from sepdeploy.stages.fault import find_faults
 from sepdeploy.stages.guard import GuardRecord
 from sepdeploy.stages.load import Inputs, summarize_images
 from sepdeploy.stages.mixed import mixed_notes
 from sepdeploy.stages.reopen import RECORD
+from sepdeploy.stages.versions import versions
 from sepdeploy.version import __version__
 
 __all__ = ["Qualities", "make_report", "target_result", "write_bundle"]
@@ -127,6 +127,7 @@ def make_report(
             network,
             memory_after,
             len(inputs.calibration),
+            is_hooked=options.finetune_hook is not None or any(step.name == "hook" for step in recovery),
         ),
         notes=(
             *inputs.notes,
@@ -136,7 +137,7 @@ def make_report(
             *_memory_notes(options, plan, memory_before, memory_after),
             *_lowering_notes(options, network),
             *_file_notes(options, in_bundle),
-            *_int8_notes(in_bundle),
+            *_int8_notes(inputs, in_bundle),
             *_selection_notes(guard),
             *(() if mixed is None else mixed_notes(mixed)),
         ),
@@ -181,11 +182,14 @@ def _checks(
     network: nn.Module,
     memory: MemoryProfile,
     images: int,
+    *,
+    is_hooked: bool = False,
 ) -> tuple[Check, ...]:
     converted = target_result(results, options, Role.CONVERTED)
     checks = []
     if options.max_drop_points is not None and converted.quality is not None:
-        checks.append(_accuracy_check(options, results, converted.quality, quality_of_network, images))
+        quality = converted.quality
+        checks.append(_accuracy_check(options, results, quality, quality_of_network, images, is_hooked=is_hooked))
     checks += _numerics_checks(results)
     limits = tuple(_limit_checks(options, converted, network, memory)) if options.selects else ()
     if plan.replaced:
@@ -204,6 +208,8 @@ def _accuracy_check(
     quality: Quality,
     quality_of_network: Quality,
     images: int,
+    *,
+    is_hooked: bool = False,
 ) -> Check:
     """Whether the target's file loses no more than --max-drop, and which stage is at fault if it does."""
     limit = options.max_drop_points
@@ -217,7 +223,7 @@ def _accuracy_check(
         f"{drops.file:.2f} points of {quality.drop_basis} lost by the {options.target} {options.precision.value} file "
         f"on {quality.images} images, the limit is {limit:g}"
     )
-    faults = find_faults(options, drops, images)
+    faults = find_faults(options, drops, images, is_hooked=is_hooked)
     for fault in faults:
         sentence += f"; {_FAULTS[fault.stage]} loses {fault.points:.2f}: try {', '.join(fault.advice)}"
     if faults:
@@ -312,29 +318,32 @@ def _selection_notes(guard: GuardRecord) -> tuple[str, ...]:
     )
 
 
-def _int8_notes(results: Sequence[ArtifactResult]) -> tuple[str, ...]:
-    """How the converted network was prepared for int8, and what each step was worth."""
-    result = next((r for r in results if r.artifact.role is Role.CONVERTED and (r.int8_steps or r.int8_note)), None)
-    if result is None:
-        return ()
-    if result.int8_note:
-        return (result.int8_note,)
-    said = [
-        f"{step.name} {step.sqnr_after_db:.1f} dB ({step.detail})"
-        if step.name == "calibration"
-        else f"{step.name} {step.sqnr_after_db - step.sqnr_before_db:+.1f} dB, {'kept' if step.is_kept else 'undone'} "
-        f"({step.detail})"
-        for step in result.int8_steps
-    ]
-    images = plural(result.int8_steps[0].images, "held-out calibration image")
-    note = f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}"
-    ratios = [r.int8_agreement_ratio for r in results if r.artifact.role is Role.CONVERTED]
-    agreed = [
-        f"the int8 files of both formats agree within one step on {100 * ratio:.1f}% of the output values"
-        for ratio in ratios
-        if ratio is not None
-    ]
-    return (note, *agreed)
+def _int8_notes(inputs: Inputs, results: Sequence[ArtifactResult]) -> tuple[str, ...]:
+    """How the converted network was prepared for int8, what each step was worth, and whether its files agree."""
+    converted = [r for r in results if r.artifact.role is Role.CONVERTED]
+    notes = tuple(dict.fromkeys(r.int8_note for r in converted if r.int8_note))
+    steps = next((r.int8_steps for r in converted if r.int8_steps), ())  # none where ranges were trained with
+    if steps and steps[0].images == len(inputs.calibration):
+        notes += (
+            f"int8: {plural(steps[0].images, 'calibration image')}, too few to hold some out, so nothing was tried "
+            "that would have to be judged; values beyond those of so few images are clipped: give 100 images or more",
+        )
+    elif steps:
+        said = [
+            f"{step.name} {step.sqnr_after_db:.1f} dB ({step.detail})"
+            if step.name == "calibration"
+            else f"{step.name} {step.sqnr_after_db - step.sqnr_before_db:+.1f} dB, "
+            f"{'kept' if step.is_kept else 'undone'} ({step.detail})"
+            for step in steps
+        ]
+        images = plural(steps[0].images, "held-out calibration image")
+        notes += (f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}",)
+    return notes + tuple(
+        f"the int8 files of both formats agree within one step on {100 * r.int8_agreement_ratio:.1f}% of the output "
+        "values"
+        for r in converted
+        if r.int8_agreement_ratio is not None
+    )
 
 
 def _quality_notes(inputs: Inputs, traced: Trace, quality: Quality) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ def finetune(
     features: tuple[str, ...],
     folder: Path,
     progress: Progress,
+    by_damage: bool = False,
 ) -> tuple[nn.Module, RecoveryStep, tuple[EpochMetrics, ...]]:
     """Train a converted network to do what the original does.
 
@@ -84,6 +85,7 @@ def finetune(
         features: Names of modules, in both networks, whose outputs are compared.
         folder: For `checkpoint.pt`, `metrics.jsonl` and TensorBoard events.
         progress: Told about epochs and steps, in the first process.
+        by_damage: Whether damage decides, and not accuracy, even where there are labels.
 
     Returns:
         A copy of the student in eval mode on the CPU in float32 with the best weights, or with those that it had if no
@@ -95,7 +97,8 @@ def finetune(
     """
     accelerator = make_accelerator(options.precision)
     is_main = accelerator.is_main_process
-    run = _Run(accelerator, student, teacher, images, held_out, options, features, progress if is_main else Silent())
+    told = progress if is_main else Silent()
+    run = _Run(accelerator, student, teacher, images, held_out, options, features, told, by_damage=by_damage)
     path = folder / "checkpoint.pt"
     key = run_key(student, teacher, images, held_out, options, features) if is_main else ""
     run.restore(read_checkpoint(path, key) if is_main else None)
@@ -122,6 +125,8 @@ class _Run:
         options: TrainOptions,
         features: tuple[str, ...],
         progress: Progress,
+        *,
+        by_damage: bool,
     ) -> None:
         processes, device = accelerator.num_processes, accelerator.device
         self.accelerator, self.options, self.progress = accelerator, options, progress
@@ -140,7 +145,7 @@ class _Run:
             classes = class_count(tapped_original(example)[0])
         judged = (classes, original, self.batch_size, accelerator)
         uses_labels, reason = labels_fit(images, *judged) if options.label_weight else (False, "")
-        self.measures_accuracy, other_reason = labels_fit(held_out, *judged)
+        self.measures_accuracy, other_reason = (False, "") if by_damage else labels_fit(held_out, *judged)
         self.ignored_labels = tuple(dict.fromkeys(filter(None, (reason, other_reason))))
         self.objective = Objective(tapped_original, options, uses_labels, accelerator)
         tapped = TappedNetwork(self.network, features)

@@ -9,6 +9,7 @@ trained. Columns:
 - float: the float32 file.
 - naive: onnxruntime's `quantize_static` and ai-edge-quantizer's `Quantizer.calibrate` as they come.
 - ours: `--calibration-method auto` with everything that is on by default.
+- adaptive: ours with `--adaptive-rounding`.
 - plain: ours with minima and maxima and no other step.
 - balanced: plain with channels rescaled, whether that pays or not.
 
@@ -60,7 +61,7 @@ FORMS = {
     "optimized": ("optimized_separable", SchemeOptions()),
 }
 MOBILENET = "models.mobilenet:mobilenet_v2(num_classes=10,width=0.5,stem_stride=1)"
-COLUMNS = ("float", "naive", "ours", "plain", "balanced")
+COLUMNS = ("float", "naive", "ours", "adaptive", "plain", "balanced")
 SUFFIXES = {Format.ONNX: ".onnx", Format.TFLITE: ".tflite"}
 
 
@@ -112,9 +113,10 @@ class Study:
 
     def prepared(self, column: str):
         """The network as a column quantizes it."""
-        if column == "ours":
+        if column in ("ours", "adaptive"):
             inputs = SimpleNamespace(calibration=self.calibration, example=lambda: self.example)
-            return prepare_for_int8(Int8Options(), inputs, self.trace, self.network, 0)
+            options = Int8Options(rounds_adaptively=column == "adaptive")
+            return prepare_for_int8(options, inputs, self.trace, self.network, 0)
         network = copy_network(self.network)
         if column == "balanced":
             equalize_channels(network, self.example, tensor_batches(self.fit, 32))
@@ -202,7 +204,11 @@ def table(rows) -> str:
     """One line per network and form, one column per kind of file: accuracy in % (SQNR in dB)."""
     lines = []
     for file_format in SUFFIXES:
-        lines += [f"\n{file_format.value}", "| net | form | " + " | ".join(COLUMNS) + " |", "|---" * 7 + "|"]
+        lines += [
+            f"\n{file_format.value}",
+            "| net | form | " + " | ".join(COLUMNS) + " |",
+            "|---" * (2 + len(COLUMNS)) + "|",
+        ]
         keys = dict.fromkeys((row["net"], row["form"]) for row in rows)
         for net, form in keys:
             cells = []

@@ -43,9 +43,10 @@ from sepdeploy.planning.select import plan_of
 from sepdeploy.planning.solve import Limits, pareto_front, solve
 from sepdeploy.planning.target import find_target
 from sepdeploy.stages import weigh
-from sepdeploy.stages.deploy import deploy, target_cost
+from sepdeploy.stages.deploy import deploy
 from sepdeploy.stages.launch import Processes
 from sepdeploy.stages.load import load_inputs
+from sepdeploy.stages.measure import target_cost
 from sepdeploy.transfer.isolated import whitened_errors
 
 TRAINED = {"resnet20": "resnet20_jpeg.pt", "resnet56": "resnet56_jpeg.pt"}

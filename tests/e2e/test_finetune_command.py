@@ -163,7 +163,7 @@ def test_finetune_goes_on_from_the_bundle_and_convert_goes_back(workplace, optio
 
 @pytest.fixture
 def unexported(monkeypatch):
-    monkeypatch.setattr(pipeline, "_finish", lambda *arguments: arguments[6])  # the trained network
+    monkeypatch.setattr(pipeline, "finish_bundle", lambda *arguments: arguments[6])  # the trained network
 
 
 def test_a_run_stopped_in_the_training_goes_on_there(workplace, options, tmp_path, monkeypatch, unexported):
@@ -199,7 +199,7 @@ def test_a_promise_that_recovery_does_not_keep_is_tried_without(options, tmp_pat
 
     monkeypatch.setattr(pipeline, "run_guard", watched_guard)
     monkeypatch.setattr("sepdeploy.train.reconstruct.reconstruct", counted)
-    monkeypatch.setattr(pipeline, "_drops", lambda *_: Drops(file=drop, network=drop, original_file=0.0))
+    monkeypatch.setattr(pipeline, "measure_drops", lambda *_: Drops(file=drop, network=drop, original_file=0.0))
     last = sepdeploy.convert(replace(options, output=tmp_path / "out"))
     given_up = attempts.index(60)
     assert attempts[0] == 63

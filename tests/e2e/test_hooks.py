@@ -111,7 +111,7 @@ def unexported(monkeypatch):
         write_json(store.folder / "options.json", record)
         return last
 
-    monkeypatch.setattr(pipeline, "_finish", finish)
+    monkeypatch.setattr(pipeline, "finish_bundle", finish)
 
 
 def test_a_plain_loop_on_the_command_line(workplace, bundle, write, capfd):

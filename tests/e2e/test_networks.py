@@ -158,7 +158,7 @@ def test_a_repeated_run_starts_at_the_limit_that_the_first_ended_with(workplace,
         "Classifier", calibration=images, validation=images, max_drop_points=60.0, output=tmp_path / "out"
     )
     limits = iter([59.0, 58.0])
-    monkeypatch.setattr(pipeline, "_drops", lambda *_: Drops(file=61.0, network=61.0, original_file=0.0))
+    monkeypatch.setattr(pipeline, "measure_drops", lambda *_: Drops(file=61.0, network=61.0, original_file=0.0))
     monkeypatch.setattr(
         pipeline,
         "next_attempt",

@@ -53,6 +53,7 @@ def test_the_plan_holds_all_that_was_weighed(planned):
     assert front[0].is_original
     assert sum(point.is_chosen for point in front) == 1
     assert [point.latency for point in front] == sorted((point.latency for point in front), reverse=True)
+    assert not list((folder / "search").rglob("*int8*"))  # its files are for float32, and are timed alone
 
 
 def test_what_was_measured_is_not_measured_again(planned, options, monkeypatch):

@@ -52,9 +52,11 @@ def test_fine_tuning_has_images_of_its_own_to_be_judged_by(samples: ModuleType) 
     tuned = RecoveryStep("fine-tuning", 0.0121, 0.0095, 1000, is_kept=True)
     for recovery, images in (
         (report.recovery, "128 held-out calibration images"),
-        ((*report.recovery, tuned), "1,000 held-out images for fine-tuning and 128 for the other steps"),
+        ((*report.recovery, tuned), "1,000 held-out images for the training and 128 for the other steps"),
         ((*report.recovery, replace(tuned, images=128)), "128 held-out images"),  # too few: the calibration images
         ((tuned,), "1,000 held-out images"),
+        ((tuned, replace(tuned, name="quantization-aware training")), "1,000 held-out images"),
     ):
         sentence = recovery_sentence(replace(report, recovery=recovery))
         assert f"against the original's on {images} (divergence" in sentence
+        assert ("as its int8 files round it" in sentence) == (recovery[-1].name == "quantization-aware training")

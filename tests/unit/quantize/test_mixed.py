@@ -14,6 +14,7 @@ from sepdeploy.bench.session import open_session
 from sepdeploy.core.int8_proof import FloatReason, Int8Proof
 from sepdeploy.core.mixed import Arithmetic
 from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
+from sepdeploy.quantize.layer_sqnr import layer_sqnr_of_onnx, layer_sqnr_of_tflite
 from sepdeploy.quantize.mixed_onnx import mix_onnx
 from sepdeploy.quantize.mixed_tflite import mix_tflite
 from sepdeploy.quantize.onnx_qdq import quantize_onnx
@@ -56,9 +57,9 @@ def test_without_any_layer_nothing_changes(case: Case, validation: np.ndarray, t
 
 @pytest.mark.parametrize(("arithmetic", "reason"), [(FLOAT, FloatReason.WEIGHTS), (WEIGHTS, FloatReason.WEIGHTS_ONLY)])
 def test_only_what_is_named_is_in_float(
-    case: Case, tmp_path: Path, arithmetic: Arithmetic, reason: FloatReason
+    case: Case, validation: np.ndarray, tmp_path: Path, arithmetic: Arithmetic, reason: FloatReason
 ) -> None:
-    source, int8, mix, share, _ = case
+    source, int8, mix, share, is_channels_last = case
     path = tmp_path / source.name
     assert mix(source, int8, path, {"branch": arithmetic, "nowhere": FLOAT}) == {"nowhere"}
     found = [(layer.name, layer.reason) for layer in share(path).float_layers]
@@ -66,6 +67,13 @@ def test_only_what_is_named_is_in_float(
         ("branch.0", reason),
         ("branch.3", reason),
     ]
+    images = np.split(validation[:2], 2)
+    if is_channels_last:
+        layers = layer_sqnr_of_tflite(source, path, [image.transpose(0, 2, 3, 1) for image in images])
+    else:
+        layers = layer_sqnr_of_onnx(source, path, images)
+    assert [layer.name for layer in layers] == ["stem.0", "branch.0", "branch.3", "down.0", "head"]
+    assert all(layer.sqnr_db is not None and layer.sqnr_db > 20 for layer in layers)
 
 
 def test_all_in_float_is_the_float_file_but_for_its_ends(case: Case, validation: np.ndarray, tmp_path: Path) -> None:

@@ -63,3 +63,19 @@ def test_weights_go_to_the_side_that_keeps_the_output(network, images):
     codes = network[0].weight / scale
     assert (codes - codes.round()).abs().max() < 1e-3
     assert ((codes - before[0].weight / scale).abs() <= 1 + 1e-3).all()
+
+
+@pytest.mark.parametrize(("groups", "is_rounded"), [(1, True), (2, False)])
+def test_transposed_convolutions_are_rounded_per_output_channel(groups, is_rounded):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.ConvTranspose2d(8, 6, 2, stride=2, groups=groups)).eval().requires_grad_(False)
+    network[0].weight *= torch.logspace(-2, 0, network[0].weight.shape[1]).reshape(1, -1, 1, 1)  # outputs differ
+    graph = capture_graph(network, torch.ones(1, 8, 3, 3))
+    simulated = fake_quantized(graph, {})
+    rounded = copy.deepcopy(network)
+    if is_rounded:
+        scale = network[0].weight.abs().amax((0, 2, 3)).reshape(1, -1, 1, 1) / 127
+        rounded[0].weight.copy_(torch.round(network[0].weight / scale) * scale)
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(simulated(x)[0], rounded(x))
+    assert is_rounded == bool((rounded(x) != network(x)).any())

@@ -9,8 +9,7 @@ import pytest
 from sepdeploy.core.artifact import Format
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.training import ReconstructOptions
-from sepdeploy.pipeline import _limit_options
-from sepdeploy.stages.attempts import Attempt, AttemptFile, first_attempt, next_attempt
+from sepdeploy.stages.attempts import Attempt, AttemptFile, first_attempt, limit_options, next_attempt
 
 
 def options(**changes) -> ConvertOptions:
@@ -125,6 +124,6 @@ def test_an_attempt_is_found_again_whatever_the_options(tmp_path):
     """What it depends on comes back from JSON as it went."""
     chosen = options(lowering=("fold_norm", "fold_shuffle"), formats=(Format.ONNX,))
     images = SimpleNamespace(sha256="0")
-    basis = _limit_options(chosen, SimpleNamespace(train=None, calibration=images, validation=images), None)
+    basis = limit_options(chosen, SimpleNamespace(train=None, calibration=images, validation=images), None)
     AttemptFile(tmp_path / "limit.json", basis).write(Attempt(2.5, is_recovering=True))
     assert AttemptFile(tmp_path / "limit.json", basis).read() == Attempt(2.5, is_recovering=True)

@@ -1,4 +1,3 @@
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,7 +5,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 from torch import nn
 
 from sepdeploy.core.artifact import Format, Precision, Role
@@ -16,100 +14,10 @@ from sepdeploy.core.int8 import Int8Options
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Candidate, Decision, Plan, Replaced, SchemeOptions
 from sepdeploy.core.stage_store import StageStore
-from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError, UsageError
+from sepdeploy.errors import ToolError, UsageError
 from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.stages import deploy
-from sepdeploy.stages.deploy import _check_numerics, _largest_error, _numeric_error, fold_network
 from sepdeploy.stages.report import _lowering_notes
-
-NAN, INF = math.nan, math.inf
-BATCH = np.ones((2, 3), np.float32)
-NO_SITES = Trace(sites=(), input_shape=(1, 3), output_shapes=((1, 3),), total_macs=0, total_params=0)
-
-
-def error(expected, found):
-    return _largest_error((np.array(expected, np.float32),), (np.array(found, np.float32),))
-
-
-def test_error_is_relative_to_the_largest_value_of_the_output():
-    assert error([0.0, -200.0], [1.0, -200.0]) == pytest.approx(1 / 200)
-    assert error([0.02, 0.04], [0.02, 0.03]) == pytest.approx(0.25)
-    assert error([3e38], [-3e38]) == pytest.approx(2)  # no overflow
-
-
-def test_small_outputs_may_be_off_by_rounding_only():
-    tolerance = deploy._NUMERIC_TOLERANCE
-    assert error([0.0, 0.0], [0.0, 0.0]) == 0
-    assert error([0.0, 0.0], [0.9e-6, 0.0]) <= tolerance
-    assert error([0.0, 0.0], [1.1e-6, 0.0]) > tolerance
-    assert error([1e-3], [2e-3]) > tolerance
-
-
-def test_nan_is_never_equal_and_never_lost_among_outputs():
-    assert math.isnan(error([NAN], [NAN]))
-    assert math.isnan(error([1.0, 2.0], [1.0, NAN]))
-    fine, broken = np.ones(2), np.array([1.0, NAN])
-    assert math.isnan(_largest_error((fine, fine), (fine, broken)))
-    assert math.isnan(_largest_error((fine, fine), (broken, fine)))
-
-
-def test_infinities_are_equal_to_themselves_and_leave_the_range_alone():
-    assert error([-INF, 1.0], [-INF, 1.0]) == 0
-    assert error([-INF, 1.0], [-INF, 1.5]) == 0.5
-    assert error([-INF, 1.0], [INF, 1.0]) == INF
-    assert error([-INF, 1.0], [-1e38, 1.0]) == INF
-
-
-class Sum(nn.Module):
-    """Adds a constant to each output value."""
-
-    def __init__(self, *values):
-        super().__init__()
-        self.values = torch.tensor(values)
-
-    def forward(self, x):
-        return x + self.values
-
-
-def sum_file(path, *values):
-    graph = helper.make_graph(
-        [helper.make_node("Add", ["x", "c"], ["y"])],
-        "sum",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])],
-        [helper.make_tensor("c", TensorProto.FLOAT, [3], values)],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
-    return path
-
-
-@pytest.mark.parametrize("values", [(0.0, 0.0, 0.5), (0.0, 0.0, NAN), (0.0, 0.0, INF)])
-def test_file_that_computes_something_else_is_refused(tmp_path, values):
-    path = sum_file(tmp_path / "net.onnx", *values)
-    with pytest.raises(ToolError, match=r"exported \.onnx file computes something else"):
-        _check_numerics(path, Sum(0.0, 0.0, 0.0), BATCH, is_channels_last=False)
-
-
-def test_reported_error_is_absolute_and_finite(tmp_path):
-    path = sum_file(tmp_path / "net.onnx", 99.0, -INF, 0.0)
-    _check_numerics(path, Sum(99.0, -INF, 0.0), BATCH, is_channels_last=False)
-    assert _numeric_error(path, Sum(99.0, -INF, 0.5), BATCH, is_channels_last=False) == 0.5
-    for values in ((99.0, 0.0, 0.0), (99.0, -INF, NAN)):
-        with pytest.raises(ToolError, match=r"net\.onnx gives NaN or infinite values"):
-            _numeric_error(path, Sum(*values), BATCH, is_channels_last=False)
-
-
-def test_network_that_gives_nan_is_refused_before_it_is_compared():
-    with pytest.raises(UnsupportedModelError, match="gives NaN on validation images"):
-        fold_network(Sum(0.0, 0.0, NAN), NO_SITES, BATCH)
-
-
-@pytest.mark.parametrize("wrong", [0.5, NAN])
-def test_fold_that_changes_the_outputs_is_a_bug(monkeypatch, wrong):
-    monkeypatch.setattr(deploy, "fold_batchnorm", lambda network, norms: network.values.fill_(wrong))
-    with pytest.raises(ContractError, match="folding the batch norms changed the outputs"):
-        fold_network(Sum(0.0, 0.0, 0.0), NO_SITES, BATCH)
-
 
 SPEC = ConvSpec(8, 8, (3, 3), padding=(1, 1, 1, 1))
 SHUFFLED = ChainSum(
@@ -256,32 +164,3 @@ def test_note_names_lowerings_that_apply_nowhere(tmp_path):
 def test_a_lowering_is_named_once():
     with pytest.raises(UsageError, match="--lowering names one twice: resnext,resnext"):
         ConvertOptions(Path("model.pt"), "a:b", "images", lowering=("resnext", "resnext"))
-
-
-@pytest.mark.parametrize(("target", "fails"), [("cortex-a72", False), ("cortex-a72:ort", True)])
-def test_files_of_the_other_format_may_stay_unmeasured(monkeypatch, target, fails):
-    def compare(files, **_):
-        if files[0].format is Format.ONNX:
-            raise ToolError("the board has no onnxruntime")
-        return [counts for _ in files]
-
-    counts = SimpleNamespace()
-    kind = SimpleNamespace(name="a core", method=None, make=lambda *_: SimpleNamespace(compare=compare))
-    monkeypatch.setattr(deploy, "find_kind", lambda _: kind)
-    monkeypatch.setattr(deploy, "_with_measured", lambda result, measured: (result, measured))
-    results = [
-        SimpleNamespace(artifact=SimpleNamespace(format=each, precision=Precision.INT8, role=Role.ORIGINAL))
-        for each in (Format.TFLITE, Format.ONNX)
-    ]
-    options = SimpleNamespace(
-        formats=tuple(Format), precisions=(Precision.INT8,), target=target, threads=1, bench_seconds=1.0, seed=0
-    )
-    said = []
-    progress = SimpleNamespace(stage=said.append)
-    if fails:
-        with pytest.raises(ToolError, match="no onnxruntime"):
-            deploy.measure_cost(results, options, progress)
-        return
-    measured = deploy.measure_cost(results, options, progress)
-    assert sorted(measured, key=str) == sorted([results[1], (results[0], counts)], key=str)
-    assert any("onnx int8 files stay unmeasured: the board has no onnxruntime" in line for line in said)

@@ -92,6 +92,14 @@ def test_what_is_done_already_is_not_advised():
     assert "--qat with --train" in advice(INT8, "quantization")
 
 
+def test_beside_a_hook_no_training_is_advised_that_it_takes_the_place_of():
+    for points, stage in ((9.0, "transfer"), (0.0, "quantization")):
+        (fault,) = find_faults(INT8, Drops(9.0, points, None), 512, is_hooked=True)
+        assert fault.stage == stage
+        assert not any("--qat" in text or "--train" in text or "--epochs" in text for text in fault.advice)
+        assert len(fault.advice) > 0
+
+
 def test_every_option_that_is_advised_exists():
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     tried = [INT8, replace(INT8, reconstruct=None, scheme="low_rank"), replace(INT8, train="images")]

@@ -1,103 +1,103 @@
-"""What convert hands over is compared on the core that it is for; a stand-in compares here."""
+"""Differences between outputs, and what is made of them."""
 
-from __future__ import annotations
+import math
 
-from dataclasses import replace
-from pathlib import Path
-
+import numpy as np
+import onnx
 import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
 
-from sepdeploy.core.artifact import Artifact, Format, Precision, Role
-from sepdeploy.core.measurement import Numerics
-from sepdeploy.core.options import ConvertOptions
-from sepdeploy.core.progress import Silent
-from sepdeploy.core.report import ArtifactResult
-from sepdeploy.core.stage_store import StageStore
-from sepdeploy.stages import numerics as stage
-from sepdeploy.stages.report import _numerics_checks
+from sepdeploy.core.conv import Trace
+from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError
+from sepdeploy.stages import numerics
+from sepdeploy.stages.numerics import check_numerics, fold_network, largest_error, numeric_error
 
-
-def numerics(sha256: str, difference: float = 1.0, starts_at: str = "") -> Numerics:
-    return Numerics("Cortex-A72", difference, 1.0, True, starts_at, "", sha256)
-
-
-class Bench:
-    """Two files of a run for a core."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.compared, self.differences = folder, [], {}
-        for name in ("a.onnx", "b.onnx"):
-            (folder / name).write_text(name)
-        monkeypatch.setattr(stage, "compare_numerics", self.compare)
-        monkeypatch.setattr(stage, "find_root", lambda progress: Path("arm64-1"))
-        monkeypatch.setattr(stage, "tool_versions", lambda: {"qemu": "7.2"})
-
-    def compare(self, core, paths, progress, *, seed):
-        self.compared.append([path.name for path in paths])
-        return [numerics(str(path), *self.differences.get(path.name, ())) for path in paths]
-
-    def fail(self, core, paths, progress, *, seed):
-        failed = replace(numerics("00", 0.0), failure="OSError: No space left on device")
-        return [failed if path.name == "b.onnx" else numerics("00") for path in paths]
-
-    def run(self, target: str = "cortex-a72:ort") -> list[ArtifactResult]:
-        roles = {"a.onnx": Role.ORIGINAL, "b.onnx": Role.CONVERTED}
-        results = [
-            ArtifactResult(
-                Artifact.of_file(self.folder / name, format=Format.ONNX, precision=Precision.INT8, role=role),
-                None, None, None,
-            )
-            for name, role in roles.items()
-        ]  # fmt: skip
-        options = ConvertOptions(Path("m.pt"), "a:b", "images", target=target, formats=(Format.ONNX,))
-        store = StageStore(self.folder, on_change=lambda: None)
-        return stage.compare_on_core(store, results, options, Silent())
+NAN, INF = math.nan, math.inf
+BATCH = np.ones((2, 3), np.float32)
+NO_SITES = Trace(sites=(), input_shape=(1, 3), output_shapes=((1, 3),), total_macs=0, total_params=0)
 
 
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(tmp_path, monkeypatch)
+def error(expected, found):
+    return largest_error((np.array(expected, np.float32),), (np.array(found, np.float32),))
 
 
-def test_files_are_compared_once_and_again_when_they_change(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = bench.run()
-    assert [result.numerics.artifact_sha256 for result in first] == [result.artifact.path for result in first]
-    assert bench.run() == first
-    assert bench.compared == [["a.onnx", "b.onnx"]]
-    (bench.folder / "b.onnx").write_text("other")
-    bench.run()
-    assert bench.compared[1:] == [["b.onnx"]]
-    monkeypatch.setattr(stage, "tool_versions", lambda: {"qemu": "7.3"})
-    bench.run()
-    bench.run("cortex-a76:ort")
-    assert bench.compared[2:] == [["a.onnx", "b.onnx"]] * 2
+def test_error_is_relative_to_the_largest_value_of_the_output():
+    assert error([0.0, -200.0], [1.0, -200.0]) == pytest.approx(1 / 200)
+    assert error([0.02, 0.04], [0.02, 0.03]) == pytest.approx(0.25)
+    assert error([3e38], [-3e38]) == pytest.approx(2)  # no overflow
 
 
-def test_what_could_not_run_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "compare_numerics", bench.fail)
-        (check,) = _numerics_checks(bench.run())
-    assert check.sentence.endswith("b.onnx does not run on the Cortex-A72: OSError: No space left on device")
-    assert [result.numerics.is_same for result in bench.run()] == [True, True]
-    assert bench.compared == [["b.onnx"]]
-    bench.run()
-    assert len(bench.compared) == 1
+def test_small_outputs_may_be_off_by_rounding_only():
+    tolerance = numerics._NUMERIC_TOLERANCE
+    assert error([0.0, 0.0], [0.0, 0.0]) == 0
+    assert error([0.0, 0.0], [0.9e-6, 0.0]) <= tolerance
+    assert error([0.0, 0.0], [1.1e-6, 0.0]) > tolerance
+    assert error([1e-3], [2e-3]) > tolerance
 
 
-def test_other_targets_have_nothing_to_compare(bench: Bench) -> None:
-    assert [result.numerics for result in bench.run("ort")] == [None, None]
-    assert bench.compared == []
+def test_nan_is_never_equal_and_never_lost_among_outputs():
+    assert math.isnan(error([NAN], [NAN]))
+    assert math.isnan(error([1.0, 2.0], [1.0, NAN]))
+    fine, broken = np.ones(2), np.array([1.0, NAN])
+    assert math.isnan(largest_error((fine, fine), (fine, broken)))
+    assert math.isnan(largest_error((fine, fine), (broken, fine)))
 
 
-def test_a_mismatch_breaks_a_promise_and_names_the_layer(bench: Bench) -> None:
-    (met,) = _numerics_checks(bench.run())
-    assert met.is_met
-    assert met.sentence.startswith("all 2 files compute on the emulated Cortex-A72 what this machine computes")
-    bench.differences = {"b.onnx": (7.0, "Conv layer3.0")}
-    (bench.folder / "b.onnx").write_text("another")
-    (broken,) = _numerics_checks(bench.run())
-    assert (broken.name, broken.is_met) == ("numerics", False)
-    assert "b.onnx computes something else on the Cortex-A72 than here" in broken.sentence
-    assert "it starts at Conv layer3.0" in broken.sentence
-    assert "a.onnx" not in broken.sentence
-    assert _numerics_checks([]) == []
+def test_infinities_are_equal_to_themselves_and_leave_the_range_alone():
+    assert error([-INF, 1.0], [-INF, 1.0]) == 0
+    assert error([-INF, 1.0], [-INF, 1.5]) == 0.5
+    assert error([-INF, 1.0], [INF, 1.0]) == INF
+    assert error([-INF, 1.0], [-1e38, 1.0]) == INF
+
+
+class Sum(nn.Module):
+    """Adds a constant to each output value."""
+
+    def __init__(self, *values):
+        super().__init__()
+        self.values = torch.tensor(values)
+
+    def forward(self, x):
+        return x + self.values
+
+
+def sum_file(path, *values):
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "c"], ["y"])],
+        "sum",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])],
+        [helper.make_tensor("c", TensorProto.FLOAT, [3], values)],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
+    return path
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0, 0.5), (0.0, 0.0, NAN), (0.0, 0.0, INF)])
+def test_file_that_computes_something_else_is_refused(tmp_path, values):
+    path = sum_file(tmp_path / "net.onnx", *values)
+    with pytest.raises(ToolError, match=r"exported \.onnx file computes something else"):
+        check_numerics(path, Sum(0.0, 0.0, 0.0), BATCH, is_channels_last=False)
+
+
+def test_reported_error_is_absolute_and_finite(tmp_path):
+    path = sum_file(tmp_path / "net.onnx", 99.0, -INF, 0.0)
+    check_numerics(path, Sum(99.0, -INF, 0.0), BATCH, is_channels_last=False)
+    assert numeric_error(path, Sum(99.0, -INF, 0.5), BATCH, is_channels_last=False) == 0.5
+    for values in ((99.0, 0.0, 0.0), (99.0, -INF, NAN)):
+        with pytest.raises(ToolError, match=r"net\.onnx gives NaN or infinite values"):
+            numeric_error(path, Sum(*values), BATCH, is_channels_last=False)
+
+
+def test_network_that_gives_nan_is_refused_before_it_is_compared():
+    with pytest.raises(UnsupportedModelError, match="gives NaN on validation images"):
+        fold_network(Sum(0.0, 0.0, NAN), NO_SITES, BATCH)
+
+
+@pytest.mark.parametrize("wrong", [0.5, NAN])
+def test_fold_that_changes_the_outputs_is_a_bug(monkeypatch, wrong):
+    monkeypatch.setattr(numerics, "fold_batchnorm", lambda network, norms: network.values.fill_(wrong))
+    with pytest.raises(ContractError, match="folding the batch norms changed the outputs"):
+        fold_network(Sum(0.0, 0.0, 0.0), NO_SITES, BATCH)

@@ -1,0 +1,57 @@
+"""Whether the files compute on the emulated core that they are for what they compute here; work/numerics/*.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from sepdeploy.bench.arm_cores import emulated_core
+from sepdeploy.bench.arm_numerics import compare_numerics
+from sepdeploy.bench.arm_root import find_root, tool_versions
+from sepdeploy.core.codec import read_json, write_json
+from sepdeploy.core.measurement import Numerics
+from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.progress import Progress
+from sepdeploy.core.report import ArtifactResult
+from sepdeploy.core.stage_store import StageStore
+from sepdeploy.stages.versions import versions
+from sepdeploy.version import __version__
+
+__all__ = ["compare_on_core"]
+
+
+def compare_on_core(
+    store: StageStore, results: list[ArtifactResult], options: ConvertOptions, progress: Progress
+) -> list[ArtifactResult]:
+    """The files with how far their outputs on the target's core are from those here; as they are for other targets.
+
+    Those that are not known yet run in one emulated process, and those that could not be run. A mismatch is a result:
+    the report says so.
+
+    Raises:
+        ToolError: if the emulation fails as a whole.
+    """
+    core = emulated_core(options.target)
+    if core is None:
+        return results
+    emulation = {
+        "core": asdict(core),
+        "root": find_root(progress).name,
+        "tools": tool_versions(),
+        "versions": versions(),
+        "version": __version__,
+        "seed": options.seed,
+    }
+    names = [f"{r.artifact.role.value}.{r.artifact.precision.value}.{r.artifact.format.value}" for r in results]
+    paths = [store.work / "numerics" / f"{name}.json" for name in names]
+    keys = [{"file": result.artifact.sha256, **emulation} for result in results]
+    stages = [f"numerics {name}" for name in names]
+    stale = [i for i, stage in enumerate(stages) if not store.is_current(stage, keys[i], (paths[i],))]
+    stale += [i for i, path in enumerate(paths) if i not in stale and read_json(Numerics, path).failure]
+    if stale:
+        files = [Path(results[i].artifact.path) for i in stale]
+        for i, numerics in zip(stale, compare_numerics(core, files, progress, seed=options.seed), strict=True):
+            paths[i].unlink(missing_ok=True)
+            store.run(stages[i], keys[i], (paths[i],), partial(write_json, paths[i], numerics))
+    return [replace(result, numerics=read_json(Numerics, path)) for result, path in zip(results, paths, strict=True)]
