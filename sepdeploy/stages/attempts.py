@@ -2,8 +2,9 @@
 
 The guard measures the network right after the transfer. What comes later moves the drop both ways: reconstruction and
 training win points back, int8 loses some. So the first limit is `--max-drop` plus what recovery usually wins, and each
-next one is tighter by what the file lost too much. If recovery has not kept the promise after three attempts, the guard
-does what it would have done without it: a promise that can be kept without recovery is not broken by trying.
+next one is tighter by what the file lost too much. If recovery has not kept the promise after four attempts, three if
+each means another training, the guard does what it would have done without it: a promise that can be kept without
+recovery is not broken by trying.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from sepdeploy.train.hooks import Hook
 __all__ = ["Attempt", "AttemptFile", "first_attempt", "limit_options", "next_attempt", "without_recovery"]
 
 _MAX_TIGHTENINGS = 2
+_MAX_TIGHTENINGS_OF_RECONSTRUCTION = 3
+"""The last of them counts on nothing, so one more lets the estimate follow the network; reconstruction takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class Attempt:
         limit_points: Limit of the guard; None if there is none.
         is_recovering: Whether reconstruction and training follow.
         tightenings: How often the limit was made tighter before.
+        most_tightenings: How often it may be.
         is_last: Whether its result stands, whatever it is.
         recovering_limit_points: Limit of the last attempt with recovery, once that was given up.
     """
@@ -39,6 +43,7 @@ class Attempt:
     limit_points: float | None
     is_recovering: bool
     tightenings: int = 0
+    most_tightenings: int = _MAX_TIGHTENINGS
     is_last: bool = False
     recovering_limit_points: float | None = None
 
@@ -48,7 +53,9 @@ def first_attempt(options: ConvertOptions, *, is_trained: bool) -> Attempt:
     is_recovering = options.reconstructs or is_trained
     if options.max_drop_points is None:
         return Attempt(None, is_recovering)
-    return Attempt(options.max_drop_points + options.slack_points(is_trained=is_trained), is_recovering)
+    most = _MAX_TIGHTENINGS_OF_RECONSTRUCTION if is_recovering and not is_trained else _MAX_TIGHTENINGS
+    limit = options.max_drop_points + options.slack_points(is_trained=is_trained)
+    return Attempt(limit, is_recovering, most_tightenings=most)
 
 
 def next_attempt(
@@ -62,13 +69,13 @@ def next_attempt(
         guard_drop_points: What its network lost when the guard measured it.
         file_drop_points: What the target's file loses, more than promised.
     """
-    if attempt.tightenings < _MAX_TIGHTENINGS:
+    if attempt.tightenings < attempt.most_tightenings:
         # Right if what follows the guard always moves the drop by as much, as int8 does ...
         limit = guard_drop_points - (file_drop_points - max_drop_points)
         if attempt.is_recovering:
             # ... or in proportion, as recovery does: the safer of both, for the next try may be another training.
             limit = min(limit, guard_drop_points * max_drop_points / file_drop_points)
-            if attempt.tightenings == _MAX_TIGHTENINGS - 1:
+            if attempt.tightenings == attempt.most_tightenings - 1:
                 limit = min(limit, max_drop_points)
         limit = max(limit, 0.0)
         return replace(attempt, limit_points=limit, tightenings=attempt.tightenings + 1)

@@ -19,12 +19,12 @@ def options(**changes) -> ConvertOptions:
 @pytest.mark.parametrize(
     ("changes", "is_trained", "expected"),
     [
-        ({}, False, Attempt(4.0, is_recovering=True)),
+        ({}, False, Attempt(4.0, is_recovering=True, most_tightenings=3)),
         ({}, True, Attempt(11.0, is_recovering=True)),
         ({"reconstruct": None}, False, Attempt(1.0, is_recovering=False)),
         ({"reconstruct": None}, True, Attempt(11.0, is_recovering=True)),
         ({"transfer": "data-free"}, False, Attempt(1.0, is_recovering=False)),
-        ({"recoverable_points": 0.0}, False, Attempt(1.0, is_recovering=True)),
+        ({"recoverable_points": 0.0}, False, Attempt(1.0, is_recovering=True, most_tightenings=3)),
         ({"recoverable_points": 7.5}, True, Attempt(8.5, is_recovering=True)),
         ({"max_drop_points": None}, False, Attempt(None, is_recovering=True)),
     ],
@@ -70,7 +70,14 @@ def test_what_is_not_won_back_tightens_the_limit():
     assert case.tried == [(4.0, True), (2.0, True)]  # of 4 points 2 are left, so of 2 points 1 should be
 
 
-def test_the_third_attempt_with_recovery_does_not_count_on_it():
+def test_reconstruction_is_given_one_more_try_before_nothing_is_counted_on():
+    attempt = Attempt(4.0, is_recovering=True, tightenings=1, most_tightenings=3)
+    third = next_attempt(attempt, 1.0, 2.4, 1.2)
+    assert third == Attempt(2.0, is_recovering=True, tightenings=2, most_tightenings=3)
+    assert next_attempt(third, 1.0, 2.0, 1.1).limit_points == 1.0
+
+
+def test_the_third_attempt_with_training_does_not_count_on_it():
     attempt = Attempt(4.0, is_recovering=True)
     second = next_attempt(attempt, 1.0, 4.0, 2.0)
     assert second == Attempt(2.0, is_recovering=True, tightenings=1)
@@ -89,7 +96,7 @@ def test_a_promise_that_holds_without_recovery_is_never_broken_by_it(won, int8, 
     file, attempt = case.run(chosen)
     if without <= max_drop:
         assert file <= max_drop
-    assert len(case.tried) <= 7
+    assert len(case.tried) <= 8
     if file > max_drop:
         assert attempt.is_last, "where nothing helps, what was won back is handed over"
         assert attempt.is_recovering
