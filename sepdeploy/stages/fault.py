@@ -15,13 +15,13 @@ _ENOUGH_IMAGES = 256
 
 QUANTIZATION_ADVICE: Mapping[str, Callable[[ConvertOptions], bool]] = MappingProxyType(
     {
-        "--qat": lambda options: options.training.is_quantization_aware,
-        "--mixed auto": lambda options: options.mixed == "auto",
         "--calibration-method auto": lambda options: options.int8.calibration_method == "auto",
         "--adaptive-rounding": lambda options: options.int8.rounds_adaptively,
+        "--mixed auto": lambda options: options.mixed == "auto",
+        "--qat": lambda options: options.training.is_quantization_aware,
     }
 )
-"""What helps -> whether it was done already."""
+"""What helps, what costs least first -> whether it was done already."""
 
 
 def find_faults(options: ConvertOptions, drops: Drops, images: int, *, is_hooked: bool = False) -> tuple[Fault, ...]:
