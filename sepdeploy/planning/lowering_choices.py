@@ -17,19 +17,18 @@ from sepdeploy.schemes.module import ChainConv2d
 
 __all__ = ["lowering_choices"]
 
-_TERMS = (("terms_as_concat",), ("terms_as_multiplier",))
 _ALTERNATIVES: Mapping[tuple[Format, Precision], tuple[tuple[str, ...], ...]] = MappingProxyType(
     {
-        (Format.ONNX, Precision.FLOAT32): (("fold_shuffle",), ("shuffle_channels_last",), *_TERMS),
+        (Format.ONNX, Precision.FLOAT32): (("fold_shuffle",), ("shuffle_channels_last",), ("terms_as_multiplier",)),
         (Format.ONNX, Precision.INT8): (
             ("shuffle_gather",),
             ("shuffle_channels_last",),
             ("split_groups",),
             ("fold_shuffle", "split_groups"),
-            *_TERMS,
+            ("terms_as_multiplier",),
         ),
-        (Format.TFLITE, Precision.FLOAT32): (("fold_shuffle",), *_TERMS),
-        (Format.TFLITE, Precision.INT8): (("fold_shuffle",), *_TERMS),
+        (Format.TFLITE, Precision.FLOAT32): (("fold_shuffle",), ("terms_as_multiplier",)),
+        (Format.TFLITE, Precision.INT8): (("fold_shuffle",), ("terms_as_multiplier",)),
     }
 )
 """Besides the default, and after norms are folded.

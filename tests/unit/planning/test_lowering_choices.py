@@ -29,8 +29,8 @@ KINDS = tuple(DEFAULT_LOWERINGS)
     [
         ("dense", (Format.ONNX, Precision.INT8), {()}),
         ("low_rank", (Format.ONNX, Precision.FLOAT32), {()}),
-        ("terms", (Format.ONNX, Precision.FLOAT32), {(), ("terms_as_multiplier",), ("terms_as_concat",)}),
-        ("terms", (Format.TFLITE, Precision.INT8), {(), ("terms_as_multiplier",), ("terms_as_concat",)}),
+        ("terms", (Format.ONNX, Precision.FLOAT32), {(), ("terms_as_multiplier",)}),
+        ("terms", (Format.TFLITE, Precision.INT8), {("terms_as_concat",), ("terms_as_multiplier",)}),
         ("shuffled", (Format.ONNX, Precision.FLOAT32), {(), ("fold_shuffle",), ("shuffle_channels_last",)}),
         ("shuffled", (Format.TFLITE, Precision.FLOAT32), {("shuffle_channels_last",), ("fold_shuffle",)}),
         (
