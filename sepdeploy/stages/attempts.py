@@ -24,7 +24,7 @@ __all__ = ["Attempt", "AttemptFile", "first_attempt", "limit_options", "next_att
 
 _MAX_TIGHTENINGS = 2
 _MAX_TIGHTENINGS_OF_RECONSTRUCTION = 3
-"""The last of them counts on nothing, so one more lets the estimate follow the network; reconstruction takes minutes."""
+"""The last one counts on nothing, so one more lets the estimate follow the network; reconstruction takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)
