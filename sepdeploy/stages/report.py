@@ -137,7 +137,7 @@ def make_report(
             *_memory_notes(options, plan, memory_before, memory_after),
             *_lowering_notes(options, network),
             *_file_notes(options, in_bundle),
-            *_int8_notes(inputs, in_bundle),
+            *_int8_notes(inputs, in_bundle, mixed),
             *_selection_notes(guard),
             *(() if mixed is None else mixed_notes(mixed)),
         ),
@@ -318,7 +318,7 @@ def _selection_notes(guard: GuardRecord) -> tuple[str, ...]:
     )
 
 
-def _int8_notes(inputs: Inputs, results: Sequence[ArtifactResult]) -> tuple[str, ...]:
+def _int8_notes(inputs: Inputs, results: Sequence[ArtifactResult], mixed: MixedPlan | None = None) -> tuple[str, ...]:
     """How the converted network was prepared for int8, what each step was worth, and whether its files agree."""
     converted = [r for r in results if r.artifact.role is Role.CONVERTED]
     notes = tuple(dict.fromkeys(r.int8_note for r in converted if r.int8_note))
@@ -338,9 +338,11 @@ def _int8_notes(inputs: Inputs, results: Sequence[ArtifactResult]) -> tuple[str,
         ]
         images = plural(steps[0].images, "held-out calibration image")
         notes += (f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}",)
+    is_mixed = mixed is not None and any(layer.reason is not None for layer in mixed.layers)
+    differ = ", of which one computes some layers in float (--mixed)" if is_mixed else ""
     return notes + tuple(
-        f"the int8 files of both formats agree within one step on {100 * r.int8_agreement_ratio:.1f}% of the output "
-        "values"
+        f"the int8 files of both formats{differ} agree within one step on {100 * r.int8_agreement_ratio:.1f}% of the "
+        "output values"
         for r in converted
         if r.int8_agreement_ratio is not None
     )

@@ -10,6 +10,7 @@ from torch import nn
 from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.int8 import Int8Options, Int8Step
+from sepdeploy.core.mixed import MixReason
 from sepdeploy.data.images import open_images
 from sepdeploy.stages.int8 import prepare_for_int8
 from sepdeploy.stages.report import _int8_notes
@@ -20,7 +21,7 @@ STEPS = (
 )
 
 
-def notes(calibration=512, **parts):
+def notes(calibration=512, mixed=None, **parts):
     def result(role, file_format):
         agreement = 0.998 if file_format is Format.TFLITE else None
         given = {"int8_steps": (), "int8_note": "", "int8_agreement_ratio": agreement} | parts
@@ -28,7 +29,7 @@ def notes(calibration=512, **parts):
         return SimpleNamespace(artifact=artifact, **given)
 
     results = [result(role, each) for role in Role for each in Format]
-    return _int8_notes(SimpleNamespace(calibration=range(calibration)), results)
+    return _int8_notes(SimpleNamespace(calibration=range(calibration)), results, mixed)
 
 
 def test_steps_and_what_they_won():
@@ -36,6 +37,12 @@ def test_steps_and_what_they_won():
     assert "on 64 held-out calibration images: calibration 31.0 dB (mse: " in steps
     assert steps.endswith("; equalisation -0.5 dB, undone (8 channels)")
     assert agreement == "the int8 files of both formats agree within one step on 99.8% of the output values"
+
+
+@pytest.mark.parametrize(("reason", "is_said"), [(MixReason.FASTER, True), (None, False)])
+def test_a_file_with_layers_in_float_is_not_expected_to_agree(reason, is_said):
+    (agreement,) = notes(mixed=SimpleNamespace(layers=[SimpleNamespace(reason=reason)]))
+    assert ("computes some layers in float" in agreement) is is_said
 
 
 def test_images_that_served_for_both_are_not_called_held_out():
