@@ -59,7 +59,7 @@ def command(
     options = TrainOptions(**training, seed=seed)
     with shown_progress(is_quiet=as_json or not is_first) as progress:
         from sepdeploy.pipeline import finetune  # torch: only when there is something to do
-        from sepdeploy.stages.launch import LeaderFailedError
+        from sepdeploy.stages.launch import LeaderFailedError, leave
 
         try:
             report = finetune(
@@ -72,7 +72,7 @@ def command(
                 progress=progress,
             )
         except LeaderFailedError as error:
-            return error.exit_code
+            leave(error)
     if is_first:
         print_report(report, bundle, as_json=as_json)
     return 0 if report.is_success else 1

@@ -114,12 +114,12 @@ def command(
     is_first = is_first_process()
     with shown_progress(is_quiet=as_json or not is_first) as progress:
         from sepdeploy.pipeline import plan  # torch: only when there is something to do
-        from sepdeploy.stages.launch import LeaderFailedError
+        from sepdeploy.stages.launch import LeaderFailedError, leave
 
         try:
             weighed, front = plan(converting, folder, front_points=_FRONT_POINTS if pareto else 0, progress=progress)
         except LeaderFailedError as error:
-            return error.exit_code
+            leave(error)
     if not is_first:
         return 0
     if pareto is not None:

@@ -7,15 +7,16 @@ and go when it does. A process that fails just ends: the others notice that its 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from sepdeploy.errors import ToolError
 
-__all__ = ["LeaderFailedError", "Processes", "joined_processes", "launched_processes"]
+__all__ = ["LeaderFailedError", "Processes", "joined_processes", "launched_processes", "leave"]
 
 _PATIENCE = timedelta(days=30)
 """The first process may export and measure for hours while the others wait."""
@@ -23,6 +24,16 @@ _PATIENCE = timedelta(days=30)
 
 class LeaderFailedError(ToolError):
     """The first process ended before the others: it has said why, and they have nothing to add."""
+
+
+def leave(error: LeaderFailedError) -> NoReturn:
+    """End this process with the error's exit code at once.
+
+    While Python takes itself down, gloo's threads would now and then find the other end gone and abort the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code)
 
 
 @dataclass(frozen=True, slots=True)

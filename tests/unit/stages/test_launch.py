@@ -1,5 +1,7 @@
 """One process is the rule; several are told apart by the launcher's variables."""
 
+import os
+import sys
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from sepdeploy.stages.launch import (
     _is_disconnection,
     joined_processes,
     launched_processes,
+    leave,
 )
 from sepdeploy.train.processes import trains_on_cpu
 
@@ -81,6 +84,15 @@ def test_errors_of_one_process_pass_through():
 )
 def test_lost_connections_are_told_from_other_errors(error, expected):
     assert _is_disconnection(error) is expected
+
+
+def test_a_follower_leaves_at_once(capfd):
+    child = os.fork()
+    if child == 0:
+        sys.stdout.write("said before")
+        leave(LeaderFailedError("gone"))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ToolError.exit_code
+    assert capfd.readouterr().out == "said before"
 
 
 def test_a_follower_has_the_exit_code_of_a_failed_tool():
