@@ -9,6 +9,7 @@ from sepdeploy.errors import UsageError
 
 __all__ = [
     "CALIBRATION_METHODS",
+    "INT8_RULES",
     "PLAIN",
     "Affine",
     "CalibrationMethod",
@@ -57,6 +58,9 @@ class Int8Options:
             if value not in get_args(choices):
                 raise UsageError(f"'{value}' is not one of {', '.join(get_args(choices))}")
 
+
+INT8_RULES = 2
+"""Of what has a range, and of what is rounded: results by earlier rules are not taken over."""
 
 PLAIN = Int8Options("minmax", equalizes=False, corrects_bias=False)
 """The quickest way, for files whose weights do not matter."""

@@ -218,7 +218,7 @@ def _aliases(graph: onnx.GraphProto, flowing: Iterable[str]) -> dict[str, str]:
     outputs = {output.name for output in graph.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        for name in node.input:
+        for name in dict.fromkeys(node.input):  # x + x reads x once
             readers.setdefault(name, []).append(node)
     aliases: dict[str, str] = {}
     for node in graph.node:

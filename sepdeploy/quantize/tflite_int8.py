@@ -153,7 +153,7 @@ def _flow(source: Path, names: list[str]) -> tuple[set[int], dict[str, str]]:
         outputs = [op.Outputs(k) for k in range(op.OutputsLength())]
         operators.append((name, inputs, outputs))
         makers |= {*outputs}
-        for tensor in inputs:
+        for tensor in dict.fromkeys(inputs):  # x + x reads x once
             readers.setdefault(tensor, []).append((name, outputs[0]))
     for name, inputs, outputs in operators:
         if name in _SAME_SCALE:

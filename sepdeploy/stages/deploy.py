@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,9 @@ __all__ = ["artifact_path", "deploy", "wanted_lowerings"]
 
 _NUMERIC_IMAGES = 64
 """Images on which the outputs of files are compared with the network's."""
+
+_FOLDING, _JOINING = "fold_norm", "terms_as_concat"
+"""The lowerings that join terms: they merge weights, so scales, and with them all that int8 rounds, are others."""
 
 
 def artifact_path(folder: Path, file_format: Format, precision: Precision, role: Role) -> Path:
@@ -80,11 +83,15 @@ def deploy(
     for file_format in options.formats:  # a lowering that does not exist is refused before anything takes long
         _lowering(options, file_format, Precision.FLOAT32, network, plan)
     prepared = Int8Network(Int8Record("minmax", False, None, (), ()), folded)
+    joined: dict[str, tuple[str, ...]] = {}
+    int8_lowerings = _int8_lowerings(options, network, plan, keeps_terms=bool(settled))
     if Precision.INT8 in options.precisions:
+        joined = _joined_terms(int8_lowerings.values())
+        written = cache(lambda: _lowered(folded(), joined)) if joined else folded
         prepared = prepare_network(
-            store, options.int8, inputs, traced, folded, role, weights_sha256, options.seed, progress, settled
+            store, options.int8, inputs, traced, written, role, weights_sha256, options.seed, progress, settled, joined
         )
-    maker = _FileMaker(store, options, inputs, network, folded, prepared, batch, role, weights_sha256, progress)
+    maker = _FileMaker(store, options, inputs, network, folded, prepared, joined, batch, role, weights_sha256, progress)
     results = []
     for file_format in options.formats:
         paths = {precision: artifact_path(store.folder, file_format, precision, role) for precision in Precision}
@@ -97,7 +104,7 @@ def deploy(
             results.append(maker.result(file_format, Precision.FLOAT16, paths[Precision.FLOAT16]))
         if Precision.INT8 not in options.precisions:
             continue
-        int8_lowering = _lowering(options, file_format, Precision.INT8, network, plan)
+        int8_lowering = int8_lowerings[file_format]
         source = float_path
         if int8_lowering != lowering or prepared.record.is_changed:
             source = store.work / f"int8_source.{role.value}.{file_format.value}"
@@ -121,6 +128,44 @@ def deploy(
             int8 = replace(int8, int8=explained(proof, read_mixed(store)) if is_mixed else proof)
         results.append(int8)
     return maker.with_agreement(results)
+
+
+def _int8_lowerings(
+    options: ConvertOptions, network: nn.Module, plan: Plan | None, *, keeps_terms: bool
+) -> dict[Format, dict[str, tuple[str, ...]]]:
+    """Format -> layer -> how it is written down in its int8 file.
+
+    Weights that were trained through rounding are on the grid of each term: merged, they would be rounded once more. So
+    with `keeps_terms` terms stay apart, unless the user wants otherwise.
+    """
+    found = {each: _lowering(options, each, Precision.INT8, network, plan) for each in options.formats}
+    if not keeps_terms or options.lowering is not None:
+        return found
+    return {each: _without(lowering, dict.fromkeys(lowering, (_JOINING,))) for each, lowering in found.items()}
+
+
+def _joined_terms(lowerings: Iterable[Mapping[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
+    """Layer -> what all int8 files do to join its terms: that is done before its ranges and roundings are found."""
+    first, *others = lowerings
+    return {
+        name: tuple(each for each in names if each in (_FOLDING, _JOINING))
+        for name, names in first.items()
+        if all(_JOINING in lowering.get(name, ()) for lowering in (first, *others))
+    }
+
+
+def _without(
+    lowering: Mapping[str, tuple[str, ...]], done: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """What is left of a lowering once something is done; layers of which nothing is left are left out."""
+    left = {name: tuple(each for each in names if each not in done.get(name, ())) for name, names in lowering.items()}
+    return {name: names for name, names in left.items() if names}
+
+
+def _lowered(network: nn.Module, lowering: Mapping[str, tuple[str, ...]]) -> nn.Module:
+    copy = copy_network(network)
+    lower_chains(copy, (), lowering)
+    return copy
 
 
 def _lowering(
@@ -183,6 +228,7 @@ class _FileMaker:
     network: nn.Module
     folded: Callable[[], nn.Module]
     int8: Int8Network
+    joined: Mapping[str, tuple[str, ...]]
     batch: np.ndarray
     role: Role
     weights_sha256: str
@@ -197,16 +243,15 @@ class _FileMaker:
             "versions": versions(),
             "lowering": dict(lowering),
             "int8": asdict(self.int8.record) if is_source else None,
+            "joined": dict(self.joined) if is_source else {},
         }
 
         def make() -> None:
             purpose = ", to be quantized" if is_source else ""
             self.progress.stage(f"exporting the {self.role.value} network to {file_format.value}{purpose}")
             designed = self.int8.network() if is_source else self.folded()
-            network = designed
-            if lowering:
-                network = copy_network(network)
-                lower_chains(network, (), lowering)
+            left = _without(lowering, self.joined if is_source else {})
+            network = _lowered(designed, left) if left else designed
             transposes = self.transposes(file_format)
             with replacing(path) as temporary:
                 _export(network, self.batch[:1], temporary, file_format, is_channels_last=transposes)

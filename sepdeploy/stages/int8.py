@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sepdeploy.core.artifact import Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
-from sepdeploy.core.int8 import PLAIN, Affine, Int8Options, Int8Step, PlaceRange, RangeMethod
+from sepdeploy.core.int8 import INT8_RULES, PLAIN, Affine, Int8Options, Int8Step, PlaceRange, RangeMethod
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.data.images import ImageSet
@@ -89,6 +89,7 @@ def prepare_network(
     seed: int,
     progress: Progress,
     settled: tuple[PlaceRange, ...] = (),
+    joined: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> Int8Network:
     """Find the ranges of a network, and change weights where int8 gains by it.
 
@@ -103,6 +104,7 @@ def prepare_network(
         seed: Of the choice of images.
         progress: Told what is going on.
         settled: Ranges that the network was trained with; then they are kept, and so are the weights.
+        joined: Layer -> lowerings that `folded` has behind it.
     """
     weights_path, record_path = (store.work / f"int8.{role.value}{suffix}" for suffix in (".pt", ".json"))
     key = {
@@ -112,6 +114,8 @@ def prepare_network(
         "options": asdict(replace(options, io="auto")),
         "seed": seed,
         "settled": [asdict(place) for place in settled],
+        "joined": dict(joined),
+        "rules": INT8_RULES,
         "version": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

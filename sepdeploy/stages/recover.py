@@ -16,7 +16,7 @@ from sepdeploy.analyze.damage import network_damage
 from sepdeploy.core.codec import read_json, to_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_bytes, sha256_of_file, write_bytes
-from sepdeploy.core.int8 import PlaceRange
+from sepdeploy.core.int8 import INT8_RULES, PlaceRange
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress
@@ -289,6 +289,7 @@ class Recovery:
         key: dict[str, object] = {
             "options": repr(self._options.training),
             "int8": repr(self._options.int8),
+            "rules": INT8_RULES,
             "images": images.sha256,
         }
         return self._step("finetuned_int8", before, key, make)

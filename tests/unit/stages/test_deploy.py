@@ -9,6 +9,7 @@ from torch import nn
 
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
+from sepdeploy.core.codec import read_json
 from sepdeploy.core.conv import ConvSpec, Trace
 from sepdeploy.core.int8 import Int8Options
 from sepdeploy.core.options import ConvertOptions
@@ -17,6 +18,7 @@ from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import ToolError, UsageError
 from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.stages import deploy
+from sepdeploy.stages.int8 import Int8Record
 from sepdeploy.stages.report import _lowering_notes
 
 SPEC = ConvSpec(8, 8, (3, 3), padding=(1, 1, 1, 1))
@@ -48,6 +50,12 @@ class Images:
     def batches(self, size):
         for start in range(0, len(self.pixels), size):
             yield self.pixels[start : start + size], None
+
+
+class Half(Images):
+    """Some of them, where it is no matter which."""
+
+    pixels = Images.pixels[:4]
 
 
 class Run:
@@ -100,6 +108,35 @@ def test_one_form_for_both_files_needs_no_second_export(tmp_path):
     assert not (tmp_path / "work" / "int8_source.converted.onnx").exists()
     run.deploy(lowering=("fold_norm", "terms_as_branches"))  # changes nothing here
     assert run.stages == []
+
+
+def test_terms_are_joined_before_their_weights_are_rounded(tmp_path, monkeypatch):
+    """What adaptive rounding put on a grid is on the grid of the file: rounding it again changes nothing."""
+    monkeypatch.setattr("sepdeploy.quantize.prepare._MIN_GAIN_DB", -100.0)
+    monkeypatch.setattr(Images, "split", lambda *_: (Half(), Half()))
+    run = Run(tmp_path, ChainSum(PLAIN.terms * 2))
+    with torch.no_grad():
+        for weight in run.network[0].parameters():
+            weight *= torch.linspace(1, 3, len(weight)).reshape(-1, *[1] * (weight.dim() - 1))
+    int8 = Int8Options(equalizes=False, corrects_bias=False, rounds_adaptively=True)
+    (tmp_path / "work").mkdir()
+    _, result = run.deploy(int8=int8)
+    assert "Add" not in run.ops("model.int8.onnx")
+    record = read_json(Int8Record, tmp_path / "work" / "int8.converted.json")
+    assert len(record.places) == 4  # the input, the joined channels, the layer with its ReLU, the last layer
+    prepared = torch.load(tmp_path / "work" / "int8.converted.pt", weights_only=True)
+    graph = onnx.load(tmp_path / "model.int8.onnx").graph
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    pairs = [
+        (constants[node.input[0]], constants[node.input[1]])
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and constants.get(node.input[0], np.zeros(0)).ndim == 4
+    ]
+    written = [codes * scales.reshape(-1, 1, 1, 1) for codes, scales in pairs]
+    for value in (each.numpy() for each in prepared.values() if each.dim() == 4):
+        assert min(np.abs(value - each).max() for each in written if each.shape == value.shape) < 1e-6
+    assert result.int8_steps[-1].name == "adaptive rounding"
+    assert result.int8_steps[-1].is_kept
 
 
 def test_another_lowering_makes_the_files_anew(tmp_path):
