@@ -1,6 +1,6 @@
 """One process is the rule; several are told apart by the launcher's variables."""
 
-import os
+import subprocess
 import sys
 from datetime import timedelta
 from types import SimpleNamespace
@@ -17,7 +17,6 @@ from sepdeploy.stages.launch import (
     _is_disconnection,
     joined_processes,
     launched_processes,
-    leave,
 )
 from sepdeploy.train.processes import trains_on_cpu
 
@@ -86,13 +85,16 @@ def test_lost_connections_are_told_from_other_errors(error, expected):
     assert _is_disconnection(error) is expected
 
 
-def test_a_follower_leaves_at_once(capfd):
-    child = os.fork()
-    if child == 0:
-        sys.stdout.write("said before")
-        leave(LeaderFailedError("gone"))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ToolError.exit_code
-    assert capfd.readouterr().out == "said before"
+def test_a_follower_leaves_at_once():
+    lines = (
+        "import atexit, sys",
+        "from sepdeploy.stages.launch import LeaderFailedError, leave",
+        "atexit.register(sys.stdout.write, ' and after')",
+        "sys.stdout.write('said before')",
+        "leave(LeaderFailedError('gone'))",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (ToolError.exit_code, "said before")
 
 
 def test_a_follower_has_the_exit_code_of_a_failed_tool():
