@@ -339,7 +339,7 @@ def _int8_notes(inputs: Inputs, results: Sequence[ArtifactResult], mixed: MixedP
         images = plural(steps[0].images, "held-out calibration image")
         notes += (f"int8, by SQNR of the simulated network on {images}: {'; '.join(said)}",)
     is_mixed = mixed is not None and any(layer.reason is not None for layer in mixed.layers)
-    differ = ", of which one computes some layers in float (--mixed)" if is_mixed else ""
+    differ = ", of which one computes some layers in float (--mixed)," if is_mixed else ""
     return notes + tuple(
         f"the int8 files of both formats{differ} agree within one step on {100 * r.int8_agreement_ratio:.1f}% of the "
         "output values"
