@@ -270,7 +270,7 @@ def _run_here(paths: Sequence[Path], outputs: Path, seed: int) -> None:
         why = _error_here(done.stdout) or last_line(done.stderr)
         raise ToolError(
             f"the files do not run on this machine, so there is nothing to compare with: {why}; install the runtime "
-            "here (pip install onnxruntime or ai-edge-litert), or leave the comparison out with --no-check",
+            "here (pip install onnxruntime or ai-edge-litert), or let bench leave the comparison out with --no-check",
             stderr=done.stderr,
         )
 

@@ -29,7 +29,7 @@ SHAPES = ((16, 32), (64, 16), (128, 28), (256, 14))
 
 
 class Branches(nn.Module):
-    """T pairs side by side, added: what sepdeploy exports."""
+    """T pairs side by side, added: what sepdeploy exports in float32."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Branches(nn.Module):
 
 
 class Concatenated(nn.Module):
-    """T depthwise convolutions, concatenated, then one pointwise convolution."""
+    """T depthwise convolutions, concatenated, then one pointwise convolution: what sepdeploy exports in int8."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -7,14 +7,20 @@ T channels for each of C, followed by one pointwise convolution that reads all T
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from sepdeploy.core.chain import Factor, Towers
 from sepdeploy.schemes.lowerings.lowering import Refusal
-from sepdeploy.schemes.lowerings.span_rewrite import Span, SpanRewrite, factor_of, is_pointwise_kernel, weight_of
+from sepdeploy.schemes.lowerings.span_rewrite import (
+    Span,
+    SpanRewrite,
+    factor_of,
+    is_pointwise_kernel,
+    summed_bias,
+    weight_of,
+)
 from sepdeploy.schemes.weighted import WeightedChain, WeightedStage, factor_stage, towers
 
 __all__ = ["TERMS_AS_BRANCHES", "TERMS_AS_MULTIPLIER"]
@@ -41,8 +47,7 @@ def _multiply(chain: WeightedChain, index: int) -> Span | Refusal | None:
         _stacked([branch[0] for branch in branches]),
     )
     weight = torch.stack([weight_of(branch[1]) for branch in branches], 2).flatten(1, 2)
-    biases = [branch[1].bias for branch in branches if branch[1].bias is not None]
-    bias = reduce(torch.add, biases) if biases else None
+    bias = summed_bias(branch[1] for branch in branches)
     return index, index + 1, (first, factor_stage(merged, weight, bias))
 
 

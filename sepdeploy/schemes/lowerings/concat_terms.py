@@ -8,13 +8,19 @@ differently.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import reduce
 
 import torch
 
 from sepdeploy.core.chain import Factor, Towers
 from sepdeploy.schemes.lowerings.lowering import Refusal
-from sepdeploy.schemes.lowerings.span_rewrite import Span, SpanRewrite, factor_of, is_pointwise_kernel, weight_of
+from sepdeploy.schemes.lowerings.span_rewrite import (
+    Span,
+    SpanRewrite,
+    factor_of,
+    is_pointwise_kernel,
+    summed_bias,
+    weight_of,
+)
 from sepdeploy.schemes.weighted import WeightedChain, factor_stage, towers
 
 __all__ = ["TERMS_AS_CONCAT"]
@@ -33,8 +39,7 @@ def _concatenate(chain: WeightedChain, index: int) -> Span | Refusal | None:
         return Refusal.TERMS_END_OTHERWISE
     merged = replace(pointwise[0], in_channels=sum(factor.in_channels for factor in pointwise))
     weight = torch.cat([weight_of(branch[-1]) for branch in branches], dim=1)
-    biases = [branch[-1].bias for branch in branches if branch[-1].bias is not None]
-    bias = reduce(torch.add, biases) if biases else None
+    bias = summed_bias(branch[-1] for branch in branches)
     middle = towers(tuple(branch[:-1] for branch in branches), "concat")
     return index, index + 1, (middle, factor_stage(merged, weight, bias))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = [
     "kernel_of",
     "neighbour",
     "shuffled_order",
+    "summed_bias",
     "weight_of",
 ]
 
@@ -101,6 +103,12 @@ def weight_of(item: WeightedStage) -> Tensor:
     if item.weight is None:
         raise ContractError(f"{item.stage} has no weight")
     return item.weight
+
+
+def summed_bias(items: Iterable[WeightedStage]) -> Tensor | None:
+    """Biases of stages whose outputs are added up; None if none has one."""
+    biases = [item.bias for item in items if item.bias is not None]
+    return reduce(torch.add, biases) if biases else None
 
 
 def neighbour(chain: WeightedChain, index: int, step: int) -> int | None:
