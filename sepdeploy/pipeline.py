@@ -20,7 +20,7 @@ from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.measurement import Measured
 from sepdeploy.core.options import ConvertOptions, MovedInputs, require_own_training, target_format
 from sepdeploy.core.pareto import FrontPoint
-from sepdeploy.core.plan import Plan
+from sepdeploy.core.plan import Plan, Reason
 from sepdeploy.core.progress import Progress, Silent
 from sepdeploy.core.report import ArtifactResult, Report
 from sepdeploy.core.selection import Selection
@@ -33,7 +33,15 @@ from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channe
 from sepdeploy.planning.target import find_target
 from sepdeploy.schemes.scheme import find_scheme
 from sepdeploy.stages.after_transfer import given_hook, recover_without_labels, require_training, train_network
-from sepdeploy.stages.attempts import AttemptFile, first_attempt, limit_options, next_attempt, without_recovery
+from sepdeploy.stages.attempts import (
+    Attempt,
+    AttemptFile,
+    first_attempt,
+    limit_options,
+    looser_attempt,
+    next_attempt,
+    without_recovery,
+)
 from sepdeploy.stages.deploy import deploy
 from sepdeploy.stages.design import check_design_folder, write_design
 from sepdeploy.stages.fault import is_beyond_transfer
@@ -124,6 +132,9 @@ def _convert(
     attempt = (file.read() if is_known else None) or first_attempt(options, is_trained=is_trained)
     while True:
         plan, network, guard = planned(attempt.limit_points)
+        if not attempt.is_worth(_plan_cost(options, plan, guard, traced)):
+            attempt = _go_back(store, file, attempt)
+            continue
         recovery = Recovery(store, store.folder, options, inputs, traced, plan, progress, Processes())
         untrained = recover_without_labels(
             recovery, options, Recovered(TRANSFERRED, network), is_recovering=attempt.is_recovering
@@ -139,17 +150,50 @@ def _convert(
         following = None
         if plan.replaced:
             drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
-            if drops.file > promise and not is_beyond_transfer(promise, drops):
-                following = next_attempt(attempt, promise, guard.quality.drop_points, drops.file)
+            lost = guard.quality.drop_points, drops.file
+            if drops.file <= promise and hook is None and _can_grow(plan, guard):  # a hook's training is not repeated
+                following = looser_attempt(attempt, promise, *lost, _plan_cost(options, plan, guard, traced))
+                if following is not None:
+                    store.set_aside()
+            elif drops.file > promise and attempt.held is not None:
+                attempt = _go_back(store, file, attempt)
+                continue
+            elif drops.file > promise and not is_beyond_transfer(promise, drops):
+                following = next_attempt(attempt, promise, *lost)
         elif attempt.is_recovering and guard.limit_points is not None and guard.limit_points < promise:
             following = without_recovery(promise)  # tightened until nothing was left
         if following is None:
             break
         attempt = following
         file.write(attempt)
+    store.forget_aside()
     file.write(replace(attempt, is_last=True))
     record = RunRecord(absolute_options(options, inputs.architecture), untrained.name)
     return finish_bundle(store, options, inputs, traced, plan, guard, last, evaluator, record, progress)
+
+
+def _plan_cost(options: ConvertOptions, plan: Plan, guard: GuardRecord, traced: Trace) -> float:
+    """What a plan costs, in what it was chosen to make small: predicted latency, parameters or MACs."""
+    goal = options.selection.goal if options.selects else "macs"
+    if goal == "latency" and guard.selection is not None:
+        return guard.selection.predicted_cost
+    if goal == "params":
+        return traced.total_params - sum(traced.site(name).params - c.params for name, c in plan.replaced.items())
+    return traced.total_macs - sum(traced.site(name).macs - c.macs for name, c in plan.replaced.items())
+
+
+def _can_grow(plan: Plan, guard: GuardRecord) -> bool:
+    """Whether a looser limit may lead to another plan."""
+    limited = {Reason.EXCEEDS_MAX_DROP, Reason.NOT_TRIED}
+    return guard.selection is not None or any(kept.reason in limited for kept in plan.kept.values())
+
+
+def _go_back(store: StageStore, file: AttemptFile, attempt: Attempt) -> Attempt:
+    """To the attempt that kept the promise, with all that it made."""
+    back = attempt.back()
+    store.bring_back()
+    file.write(back)
+    return back
 
 
 def _planner(
