@@ -33,18 +33,9 @@ from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channe
 from sepdeploy.planning.target import find_target
 from sepdeploy.schemes.scheme import find_scheme
 from sepdeploy.stages.after_transfer import given_hook, recover_without_labels, require_training, train_network
-from sepdeploy.stages.attempts import (
-    Attempt,
-    AttemptFile,
-    first_attempt,
-    limit_options,
-    looser_attempt,
-    next_attempt,
-    without_recovery,
-)
+from sepdeploy.stages.attempts import Attempts, first_attempt, limit_options
 from sepdeploy.stages.deploy import deploy
 from sepdeploy.stages.design import check_design_folder, write_design
-from sepdeploy.stages.fault import is_beyond_transfer
 from sepdeploy.stages.finish import discard_results, finish_bundle, measure_drops
 from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard, trace
 from sepdeploy.stages.inspect_model import inspect_model
@@ -127,13 +118,16 @@ def _convert(
     is_trained = inputs.train is not None or hook is not None
     weighed = sha256_of_file(store.work / "selection.json") if options.selects else None
     basis = {**inputs.network_key(), **limit_options(options, inputs, hook), "weighed": weighed}
-    file = AttemptFile(store.work / "limit.json", basis)
     is_known = hook is None or hook.key is not None  # two closures of one name may do different things
-    attempt = (file.read() if is_known else None) or first_attempt(options, is_trained=is_trained)
-    while True:
+    promise = options.max_drop_points
+    attempts = Attempts(store, basis, first_attempt(options, is_trained=is_trained), promise, resumes=is_known)
+    goes_on = True
+    while goes_on:
+        attempt = attempts.present
         plan, network, guard = planned(attempt.limit_points)
-        if not attempt.is_worth(_plan_cost(options, plan, guard, traced)):
-            attempt = _go_back(store, file, attempt)
+        cost = _plan_cost(options, plan, guard, traced)
+        if not attempt.is_worth(cost):
+            attempts.go_back()
             continue
         recovery = Recovery(store, store.folder, options, inputs, traced, plan, progress, Processes())
         untrained = recover_without_labels(
@@ -144,30 +138,17 @@ def _convert(
             is_aware = options.training.is_quantization_aware
             last = train_network(recovery, inputs, untrained, hook, is_quantization_aware=is_aware)
         recovery.finish(last)
-        promise = options.max_drop_points
         if promise is None or attempt.is_last or (options.selects and options.selection.has_limit):
             break
-        following = None
-        if plan.replaced:
-            drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
-            lost = guard.quality.drop_points, drops.file
-            if drops.file <= promise and hook is None and _can_grow(plan, guard):  # a hook's training is not repeated
-                following = looser_attempt(attempt, promise, *lost, _plan_cost(options, plan, guard, traced))
-                if following is not None:
-                    store.set_aside()
-            elif drops.file > promise and attempt.held is not None:
-                attempt = _go_back(store, file, attempt)
-                continue
-            elif drops.file > promise and not is_beyond_transfer(promise, drops):
-                following = next_attempt(attempt, promise, *lost)
-        elif attempt.is_recovering and guard.limit_points is not None and guard.limit_points < promise:
-            following = without_recovery(promise)  # tightened until nothing was left
-        if following is None:
-            break
-        attempt = following
-        file.write(attempt)
-    store.forget_aside()
-    file.write(replace(attempt, is_last=True))
+        if not plan.replaced:
+            goes_on = attempts.after_nothing(guard)
+            continue
+        drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
+        if drops.file > promise:
+            goes_on = attempts.after_failure(guard, drops)
+        else:  # a hook's training is not repeated for more
+            goes_on = hook is None and _can_grow(plan, guard) and attempts.after_success(guard, drops, cost)
+    attempts.finish()
     record = RunRecord(absolute_options(options, inputs.architecture), untrained.name)
     return finish_bundle(store, options, inputs, traced, plan, guard, last, evaluator, record, progress)
 
@@ -186,14 +167,6 @@ def _can_grow(plan: Plan, guard: GuardRecord) -> bool:
     """Whether a looser limit may lead to another plan."""
     limited = {Reason.EXCEEDS_MAX_DROP, Reason.NOT_TRIED}
     return guard.selection is not None or any(kept.reason in limited for kept in plan.kept.values())
-
-
-def _go_back(store: StageStore, file: AttemptFile, attempt: Attempt) -> Attempt:
-    """To the attempt that kept the promise, with all that it made."""
-    back = attempt.back()
-    store.bring_back()
-    file.write(back)
-    return back
 
 
 def _planner(

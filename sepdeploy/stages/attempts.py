@@ -18,7 +18,11 @@ from pathlib import Path
 from sepdeploy.core.codec import read_json, to_data, write_json
 from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.report import Drops
+from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import ContractError, UsageError
+from sepdeploy.stages.fault import is_beyond_transfer
+from sepdeploy.stages.guard import GuardRecord
 from sepdeploy.stages.load import Inputs
 from sepdeploy.stages.versions import versions
 from sepdeploy.train.hooks import Hook
@@ -26,6 +30,7 @@ from sepdeploy.train.hooks import Hook
 __all__ = [
     "Attempt",
     "AttemptFile",
+    "Attempts",
     "Held",
     "first_attempt",
     "limit_options",
@@ -204,6 +209,69 @@ class AttemptFile:
     def write(self, attempt: Attempt) -> None:
         """Remember `attempt`."""
         write_json(self._path, _Remembered(self._inputs, attempt))
+
+
+class Attempts:
+    """The attempts of one conversion, the present one on disk.
+
+    Args:
+        store: Holds what an attempt has made while another is tried.
+        inputs: What the choice of attempts depends on, as JSON data.
+        first: Where to begin, if not where an earlier run with the same inputs was.
+        promise: --max-drop; None if there is none.
+        resumes: Whether an earlier run is gone on from.
+    """
+
+    def __init__(
+        self, store: StageStore, inputs: dict[str, object], first: Attempt, promise: float | None, *, resumes: bool
+    ) -> None:
+        self._store, self._promise = store, promise
+        self._file = AttemptFile(store.work / "limit.json", inputs)
+        self.present = (self._file.read() if resumes else None) or first
+
+    def after_failure(self, guard: GuardRecord, drops: Drops) -> bool:
+        """Whether there is another attempt after one whose file loses more than promised."""
+        promise = self._given_promise()
+        if self.present.held is not None:
+            return self.go_back()
+        if is_beyond_transfer(promise, drops):
+            return False
+        return self._take(next_attempt(self.present, promise, guard.quality.drop_points, drops.file))
+
+    def after_success(self, guard: GuardRecord, drops: Drops, cost: float) -> bool:
+        """Whether a looser limit is worth an attempt after one that kept the promise with a plan of this cost."""
+        looser = looser_attempt(self.present, self._given_promise(), guard.quality.drop_points, drops.file, cost)
+        if looser is not None:
+            self._store.set_aside()
+        return self._take(looser)
+
+    def after_nothing(self, guard: GuardRecord) -> bool:
+        """Whether there is another attempt after one that left nothing to replace."""
+        promise = self._given_promise()
+        is_tightened = guard.limit_points is not None and guard.limit_points < promise
+        return self._take(without_recovery(promise) if self.present.is_recovering and is_tightened else None)
+
+    def go_back(self) -> bool:
+        """Bring back what kept the promise; True, for that is one more attempt."""
+        self._store.bring_back()
+        return self._take(self.present.back())
+
+    def finish(self) -> None:
+        """The present attempt stands."""
+        self._store.forget_aside()
+        self._file.write(replace(self.present, is_last=True))
+
+    def _take(self, attempt: Attempt | None) -> bool:
+        if attempt is None:
+            return False
+        self.present = attempt
+        self._file.write(attempt)
+        return True
+
+    def _given_promise(self) -> float:
+        if self._promise is None:
+            raise ContractError("without a promise there is one attempt")
+        return self._promise
 
 
 def limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -> dict[str, object]:
