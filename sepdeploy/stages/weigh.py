@@ -115,7 +115,7 @@ def _the_users(lowering: tuple[str, ...]) -> TargetLowerings:
 
 
 def _lacks_prices(path: Path) -> bool:
-    """Whether a table was made in less time than its prices take: the next run is to go on with them."""
+    """Whether prices were not measured for want of time, memory or disk: the next run is to go on with them."""
     try:
         weighed = read_json(Selection, path)
     except UsageError:  # not there or damaged: made anew in any case
@@ -274,13 +274,18 @@ class _Prices:
         prices = [self.found[pair] for pair in self.blocks.pairs(name, candidate, lowering)]
         reasons = [price for price in prices if isinstance(price, str)]
         if reasons:
-            return reasons[0]
+            return _first_reason(reasons)
         known = [price for price in prices if not isinstance(price, str)]
         return (
             sum(price.difference for price in known),
             sum(price.difference_low for price in known),
             sum(price.difference_high for price in known),
         )
+
+
+def _first_reason(reasons: Sequence[str]) -> str:
+    """The first that the next run may do away with, so that it tries; else the first."""
+    return min(reasons, key=lambda reason: not reason.startswith(NOT_MEASURED))
 
 
 def _layer_choices(
@@ -294,7 +299,7 @@ def _layer_choices(
         costs = {lowering: prices.of(forms.name, candidate, lowering) for lowering in lowerings}
         known = {lowering: cost for lowering, cost in costs.items() if not isinstance(cost, str)}
         if not known:
-            refused[label] = next(cost for cost in costs.values() if isinstance(cost, str))
+            refused[label] = _first_reason([cost for cost in costs.values() if isinstance(cost, str)])
             continue
         # By the end of the interval: the least of several medians is mostly the luckiest one.
         lowering = min(known, key=lambda each: known[each][2])
