@@ -103,7 +103,7 @@ class FileTarget(ABC):
         with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder:
             reference, *files = write_block_files((dense, *others), Path(folder), self.format, self.precision)
             if isinstance(reference, Unpriced):
-                return [reference.within(AS_IT_IS)] * len(others)
+                return [_without_folder(reference.within(AS_IT_IS), folder)] * len(others)
             written = [file for file in files if isinstance(file, Path)]
             found: Iterable[Price | Unpriced] = ()
             if written:

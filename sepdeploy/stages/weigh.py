@@ -26,6 +26,7 @@ from sepdeploy.planning.fused_block import blocks_of_site, dense_form
 from sepdeploy.planning.memory import memory_with_candidates
 from sepdeploy.planning.price import NOT_MEASURED, price_blocks
 from sepdeploy.planning.target import Target, find_target
+from sepdeploy.render.format_numbers import plural
 from sepdeploy.stages.launch import Processes
 from sepdeploy.stages.load import Inputs
 from sepdeploy.stages.recover import held_out_images
@@ -228,7 +229,7 @@ def _measured_prices(
         progress=progress,
     )
     cache.close()
-    return _Prices(blocks, found, cache.notes)
+    return _Prices(blocks, found, (*cache.notes, *_missing_notes(found)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +256,15 @@ class _Blocks:
         return tuple(zip(dense, blocks_of_site(site, candidate.form, activation, lowering), strict=True))
 
 
+def _missing_notes(found: Mapping[tuple[FusedBlock, FusedBlock], Price | str]) -> tuple[str, ...]:
+    """How many forms the time or the machine did not last for."""
+    missing = [why for why in found.values() if isinstance(why, str) and why.startswith(NOT_MEASURED)]
+    if not missing:
+        return ()
+    reason = missing[0].removeprefix(NOT_MEASURED)
+    return (f"{plural(len(missing), 'form')} of layers not measured ({reason}); the next run goes on with them",)
+
+
 @dataclass(frozen=True, slots=True)
 class _Prices:
     """What forms cost.
@@ -262,7 +272,7 @@ class _Prices:
     Attributes:
         blocks: Their blocks.
         found: (dense block, block) -> price, or why there is none.
-        notes: What the user should know of the cache.
+        notes: What the user should know of how they came about.
     """
 
     blocks: _Blocks
