@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,14 +11,15 @@ from pathlib import Path
 
 from sepdeploy.bench.arm_cores import ArmCore
 from sepdeploy.bench.arm_cycles import CycleModel
-from sepdeploy.bench.arm_guest import GuestFile, GuestPlace, Region, run_guest
+from sepdeploy.bench.arm_guest import GUEST, INCOMPLETE, GuestFile, GuestPlace, Region, run_guest
 from sepdeploy.bench.arm_root import require_tools, tool_versions
 from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.measurement import Counts, Environment, Method
+from sepdeploy.core.passing_errors import sounds_passing
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError
 
-__all__ = ["compare_counts", "count_files", "counts_of", "require_counts"]
+__all__ = ["compare_counts", "count_files", "counts_of", "is_refused", "require_counts"]
 
 _SPREAD_RATIO = 0.005
 """Repeats whose instructions differ by more are no counts."""
@@ -28,6 +30,8 @@ _ELSEWHERE_RATIO = 0.05
 _BURST_INSTRUCTIONS = 1_000_000
 _LEAST_BURST, _MOST_BURST = 4, 64
 """What the allocator varies by, up to some thousand instructions, vanishes in bursts of so many."""
+
+_NOT_COUNTED = "it was not counted"
 
 
 def count_files(
@@ -74,7 +78,7 @@ def count_files(
 def counts_of(core: ArmCore, file: GuestFile, place: GuestPlace | None = None) -> Counts | str:
     """The counts of a file that ran in the guest; why there are none, as a sentence."""
     if file.error or not file.repeats:
-        return file.error or "it was not counted"
+        return file.error or _NOT_COUNTED
     ordered = sorted(file.repeats, key=lambda region: _instructions(file, region))
     instructions = [_instructions(file, region) for region in ordered]
     elsewhere = min(region.elsewhere / max(each, 1) for region, each in zip(ordered, instructions, strict=True))
@@ -123,6 +127,24 @@ def counts_of(core: ArmCore, file: GuestFile, place: GuestPlace | None = None) -
         ),
         artifact_sha256=sha256_of_file(file.path),
     )
+
+
+def is_refused(reason: str) -> bool:
+    """Whether a file has no counts for what it is, so that another try would end the same.
+
+    That is so where the runtime in the guest says no, the core lacks an instruction, or repeats differ. Guests that end
+    in another way may have been stopped, and counts that are missing may have met a full disk.
+
+    Args:
+        reason: As `count_files` gives it.
+
+    >>> is_refused("RuntimeError: no such operator"), is_refused("OSError: no such file")
+    (True, False)
+    """
+    kind = getattr(builtins, reason.partition(": ")[0], None)  # of an exception in the guest, as bench.py has it
+    is_of_guest = isinstance(kind, type) and issubclass(kind, (OSError, MemoryError, ImportError))
+    has_ended = reason.startswith(GUEST) and "(SIGILL)" not in reason
+    return not (is_of_guest or has_ended or reason in (_NOT_COUNTED, INCOMPLETE) or sounds_passing(reason))
 
 
 def require_counts(paths: Sequence[Path], results: Sequence[Counts | str]) -> list[Counts]:

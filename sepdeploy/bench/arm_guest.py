@@ -21,6 +21,8 @@ from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ToolError
 
 __all__ = [
+    "GUEST",
+    "INCOMPLETE",
     "Block",
     "GuestFile",
     "GuestPlace",
@@ -37,6 +39,11 @@ _STILL_SECONDS = 900.0
 
 _POLL_SECONDS = 0.05
 _TIMED_OUT = 124
+
+GUEST = "the guest"
+"""How the error begins of a file that ended the process."""
+
+INCOMPLETE = "its counts are incomplete"
 
 Launched = tuple[Sequence[str], dict[str, str] | None]
 """A command and its environment; None is that of this process."""
@@ -300,7 +307,7 @@ def _run_once(
         own, regions = regions[: report["regions"]], regions[report["regions"] :]
         error = report.get("error", "")
         if not error and len(own) < report["regions"]:
-            error = "its counts are incomplete"
+            error = INCOMPLETE
         nothing = 2 * report["warmup"]  # the region around nothing right before those that count
         repeats = tuple(region.without(own[nothing]) for region in own[nothing + 1 :])
         results.append(GuestFile(path, report.get("runtime", ""), error, repeats, blocks, report["burst"]))
@@ -308,9 +315,7 @@ def _run_once(
         at_fault = paths[first + len(results)]
         last_words = f" ({last_line(stderr)})" if stderr.strip() and code == 1 else ""
         results.append(
-            GuestFile(
-                at_fault, "", f"the guest {_ending(code, still_seconds)}{last_words} while it ran {at_fault.name}"
-            )
+            GuestFile(at_fault, "", f"{GUEST} {_ending(code, still_seconds)}{last_words} while it ran {at_fault.name}")
         )
     return results
 

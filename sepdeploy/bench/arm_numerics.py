@@ -21,6 +21,7 @@ from sepdeploy.bench.outside_programs import last_line
 from sepdeploy.bench.prefixes import write_prefixes
 from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.measurement import Numerics
+from sepdeploy.core.onnx_steps import output_steps
 from sepdeploy.core.progress import Progress
 from sepdeploy.errors import ContractError, ToolError
 
@@ -284,7 +285,7 @@ def _error_here(printed: str) -> str:
 def _difference(path: Path, here: Path, there: Path) -> Difference:
     """The one of all outputs that is the largest share of what is allowed."""
     tolerance = _tolerance(path)
-    steps = _onnx_steps(path) if path.suffix.lower() == ".onnx" else {}
+    steps = dict(enumerate(output_steps(path))) if path.suffix.lower() == ".onnx" else {}
     with np.load(here) as references, np.load(there) as outputs:
         found = [
             output_difference(references[name], outputs[name], steps.get(int(name)), tolerance)
@@ -302,18 +303,3 @@ def _tolerance(path: Path) -> float:
     weights = onnx.load(path, load_external_data=False).graph.initializer
     is_float16 = any(each.data_type == onnx.TensorProto.FLOAT16 for each in weights)
     return _FLOAT16_TOLERANCE if is_float16 else FLOAT_TOLERANCE
-
-
-def _onnx_steps(path: Path) -> dict[int, float]:
-    """Number of an output -> step of the quantization that it comes from, where it comes from one."""
-    import onnx
-    from onnx import numpy_helper
-
-    graph = onnx.load(path).graph
-    constants = {each.name: each for each in graph.initializer}
-    scales = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
-    return {
-        i: float(numpy_helper.to_array(constants[scales[output.name]]).max())
-        for i, output in enumerate(graph.output)
-        if output.name in scales and scales[output.name] in constants
-    }

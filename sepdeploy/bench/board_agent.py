@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sepdeploy.core.passing_errors import is_passing
 from sepdeploy.errors import SepdeployError, ToolError
 
 __all__ = ["JOB_FILE", "main"]
@@ -93,22 +94,25 @@ def _latencies(job: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**asdict(latency), "method": latency.method.value} for latency in found.values()]
 
 
-def _differences(job: dict[str, Any]) -> list[dict[str, Any] | str]:
-    """Differences of blocks to the first one, or why a block cannot be run."""
+def _differences(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Differences of blocks to the first one, or why a block cannot be run and whether that will stay so.
+
+    `is_of_reference` says that the first one cannot be.
+    """
     from sepdeploy.bench.differences import measure_differences
     from sepdeploy.bench.session import Session, open_session
 
-    def opened(name: str, is_channels_last: bool) -> Session | str:
+    def opened(name: str, is_channels_last: bool) -> Session | dict[str, Any]:
         try:
             session = open_session(Path(name), threads=job["threads"], is_channels_last=is_channels_last)
             session.set_random_input(job["seed"])
         except SepdeployError as error:
-            return str(error)
+            return {"reason": str(error), "is_lasting": not is_passing(error), "is_of_reference": False}
         return session
 
     reference, *others = (opened(*model) for model in job["models"])
-    if isinstance(reference, str):
-        return [f"the layer as it is cannot be measured: {reference}"] * len(others)
-    sessions = [session for session in others if not isinstance(session, str)]
+    if isinstance(reference, dict):
+        return [{**reference, "is_of_reference": True}] * len(others)
+    sessions = [session for session in others if not isinstance(session, dict)]
     found = iter(measure_differences(reference, sessions, seconds=job["seconds"], seed=job["seed"]))
-    return [session if isinstance(session, str) else asdict(next(found)) for session in others]
+    return [session if isinstance(session, dict) else asdict(next(found)) for session in others]

@@ -49,6 +49,7 @@ _MODULES = (
     "sepdeploy.core",
     "sepdeploy.core.files",
     "sepdeploy.core.measurement",
+    "sepdeploy.core.passing_errors",
     "sepdeploy.core.quiet",
     "sepdeploy.bench",
     "sepdeploy.bench.board_agent",

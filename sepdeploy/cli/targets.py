@@ -17,10 +17,14 @@ __all__ = ["command"]
 
 
 @click.command(short_help="List the targets: what is installed, and how many prices are known.")
-@click.option("--forget", is_flag=True, help="Forget all prices, such as those of a machine that was busy.")
+@click.option(
+    "--forget", is_flag=True, help="Forget all prices, such as those of a machine that was busy, and all refusals."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(forget: bool, as_json: bool) -> None:
     """List the targets that layers are priced on, how, and how many prices are remembered for this machine.
+
+    Forms that the exporter or the runtime refuses are remembered too, and not tried again by this version.
 
     \b
     Example:
@@ -68,7 +72,7 @@ def _targets(cache: PriceCache) -> list[dict[str, Any]]:
                 "missing": kind.missing,
                 "install": kind.remedy or None,
                 "cached": [
-                    {key: row[key] for key in ("precision", "threads", "runtime", "prices", "day")}
+                    {key: row[key] for key in ("precision", "threads", "runtime", "prices", "refusals", "day")}
                     for row in known
                     if row["target"] == name
                 ],
@@ -85,7 +89,10 @@ def _tables(targets: list[dict[str, Any]]) -> list[Table]:
     table = make_table("Targets", (*columns, Column("unit"), Column("installed")))
     known = make_table(
         "Prices known for this machine",
-        (Column("target", "name"), *map(Column, ("precision", "threads", "runtime", "prices", "last measured"))),
+        (
+            Column("target", "name"),
+            *map(Column, ("precision", "threads", "runtime", "prices", "refused", "last measured")),
+        ),
     )
     for target in targets:
         is_installed = "no" if target["missing"] else "yes"

@@ -1,4 +1,4 @@
-"""Prices that were measured once: a small database in the user's cache directory that several processes may share."""
+"""What was measured or refused once: a small database in the user's cache directory that processes may share."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ _TABLE = """CREATE TABLE IF NOT EXISTS prices (
     key TEXT PRIMARY KEY, target TEXT, precision TEXT, threads INTEGER, runtime TEXT, cpu TEXT, day TEXT, price TEXT
 ) WITHOUT ROWID"""
 
+_REFUSED = "refused"
+_IS_REFUSAL = f'{{"{_REFUSED}":%'
+"""A row without a price holds the reason in its place: earlier versions of sepdeploy read past it."""
+
 _LOCKED_SECONDS = 10.0
 """How long to wait for another process; each holds the file for the few milliseconds of one write."""
 
@@ -41,7 +45,8 @@ class CachedPrices:
         runtime: Name and version.
         cpu: Processor that it was measured on.
         prices: How many there are.
-        day: When the last one was measured, '2026-11-21', in UTC.
+        refusals: Blocks that cannot be built or run there.
+        day: When the last one was measured or refused, '2026-11-21', in UTC.
     """
 
     target: str
@@ -50,6 +55,7 @@ class CachedPrices:
     runtime: str
     cpu: str
     prices: int
+    refusals: int
     day: str
 
 
@@ -64,7 +70,7 @@ def price_cache_path() -> Path:
 
 
 class PriceCache:
-    """Remembers prices by the target, the block, and the dense block that it was measured beside.
+    """Remembers prices, or why there is none, by target, block, and the dense block that it was measured beside.
 
     It never fails: a damaged file is moved aside, and where nothing can be written prices are remembered for as long as
     the process runs. `notes` then says so.
@@ -91,30 +97,53 @@ class PriceCache:
             dense: Block of the layer as it is.
             block: What the layer could become.
         """
-        key = _key(target, dense, block)
-        rows = self._tried(lambda: self._database.execute("SELECT price FROM prices WHERE key = ?", (key,)).fetchall())
-        return _parsed(rows[0][0]) if rows else None
+        text = self._text(target, dense, block)
+        return None if text is None else _parsed(text)
+
+    def refusal(self, target: Mapping[str, object], dense: FusedBlock, block: FusedBlock) -> str | None:
+        """Why `block` beside `dense` has no price, if another try would end the same; None if that is not known."""
+        text = self._text(target, dense, block)
+        return None if text is None else _parsed_refusal(text)
 
     def put(self, target: Mapping[str, object], dense: FusedBlock, prices: Mapping[FusedBlock, Price]) -> None:
         """Remember the prices of blocks measured beside `dense`; earlier ones are replaced."""
-        common = [target[name] for name in ("target", "precision", "threads", "runtime", "cpu")]
-        day = datetime.now(UTC).date().isoformat()
-        rows = [(_key(target, dense, block), *common, day, _written(price)) for block, price in prices.items()]
-        self._tried(lambda: self._inserted(rows))
+        self._insert(target, dense, {block: _written(price) for block, price in prices.items()})
+
+    def put_refusals(self, target: Mapping[str, object], dense: FusedBlock, reasons: Mapping[FusedBlock, str]) -> None:
+        """Remember why blocks have no price beside `dense`.
+
+        Args:
+            target: Everything that refusals depend on. They are kept apart from prices: let it be another key.
+            dense: Block of the layer as it is.
+            reasons: What the layer could not become -> why.
+        """
+        self._insert(target, dense, {block: json.dumps({_REFUSED: reason}) for block, reason in reasons.items()})
 
     def summary(self) -> tuple[CachedPrices, ...]:
-        """How many prices there are, by target, precision, threads, runtime and processor."""
+        """How many prices and refusals there are, by target, precision, threads, runtime and processor."""
         columns = "target, precision, threads, runtime, cpu"
-        query = f"SELECT {columns}, COUNT(*), MAX(day) FROM prices GROUP BY {columns} ORDER BY {columns}"
+        counts = f"SUM(price NOT LIKE '{_IS_REFUSAL}'), SUM(price LIKE '{_IS_REFUSAL}'), MAX(day)"
+        query = f"SELECT {columns}, {counts} FROM prices GROUP BY {columns} ORDER BY {columns}"
         return tuple(CachedPrices(*row) for row in self._tried(lambda: self._database.execute(query).fetchall()))
 
     def clear(self) -> None:
-        """Forget all prices."""
+        """Forget all prices and refusals."""
         self._tried(self._emptied)
 
     def close(self) -> None:
         """Close the file."""
         self._database.close()
+
+    def _text(self, target: Mapping[str, object], dense: FusedBlock, block: FusedBlock) -> str | None:
+        key = _key(target, dense, block)
+        rows = self._tried(lambda: self._database.execute("SELECT price FROM prices WHERE key = ?", (key,)).fetchall())
+        return str(rows[0][0]) if rows else None
+
+    def _insert(self, target: Mapping[str, object], dense: FusedBlock, texts: Mapping[FusedBlock, str]) -> None:
+        common = [target[name] for name in ("target", "precision", "threads", "runtime", "cpu")]
+        day = datetime.now(UTC).date().isoformat()
+        rows = [(_key(target, dense, block), *common, day, text) for block, text in texts.items()]
+        self._tried(lambda: self._inserted(rows))
 
     def _inserted(self, rows: Iterable[tuple[object, ...]]) -> None:
         with self._database:  # one short transaction
@@ -213,3 +242,12 @@ def _parsed(text: str) -> Price | None:
         return Price(**(data | {"method": Method[data["method"]]}))
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _parsed_refusal(text: str) -> str | None:
+    """The reason in a row; None if it is not one of ours."""
+    try:
+        reason = json.loads(text)[_REFUSED]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return reason if isinstance(reason, str) else None

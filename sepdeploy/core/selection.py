@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sepdeploy.core.artifact import Precision
@@ -11,10 +11,11 @@ from sepdeploy.core.chain import ChainSum, Size
 from sepdeploy.core.conv import ConvSpec
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.mixed import Arithmetic
+from sepdeploy.core.passing_errors import is_passing
 from sepdeploy.core.plan import Candidate, Kept
-from sepdeploy.errors import UsageError
+from sepdeploy.errors import SepdeployError, UsageError
 
-__all__ = ["Activation", "Choice", "FusedBlock", "LayerChoices", "Price", "Selection"]
+__all__ = ["Activation", "Choice", "FusedBlock", "LayerChoices", "Price", "Selection", "Unpriced"]
 
 Activation = Literal["", "relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid", "leaky_relu", "gelu"]
 """What follows a convolution (and its batch norm) and nothing else reads; empty for none, or one that is not known."""
@@ -68,6 +69,32 @@ class Price:
     unit: str
     repeats: int
     method: Method
+
+
+@dataclass(frozen=True, slots=True)
+class Unpriced:
+    """Why a block has no price.
+
+    Attributes:
+        reason: A sentence.
+        is_lasting: Whether another try would end the same: the block is at fault, not what the machine lacked then.
+    """
+
+    reason: str
+    is_lasting: bool
+
+    @classmethod
+    def of(cls, error: SepdeployError) -> Unpriced:
+        """What an error while the block was built or run comes to."""
+        return cls(str(error), not is_passing(error))
+
+    def within(self, what: str) -> Unpriced:
+        """The same as the reason for something else.
+
+        >>> Unpriced("no such operator", True).within("the layer as it is cannot be measured").reason
+        'the layer as it is cannot be measured: no such operator'
+        """
+        return replace(self, reason=f"{what}: {self.reason}")
 
 
 @dataclass(frozen=True, slots=True)

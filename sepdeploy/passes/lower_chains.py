@@ -34,7 +34,8 @@ reshape, transpose, reshape. Folding nearly doubles the multiply-accumulates, 15
 on an x86 with matrix units (0.52 to 0.29 ms), but float32 does not (0.49 to 0.56 ms), and what the Arm cores that such
 files are made for gain is not known. Rows of unequal length, which no reshape holds, stay a gather.
 Terms that are added up are up to 9% faster as branches than concatenated in float32; in int8 they are 2% slower to 9%
-faster concatenated, and none is rounded on its own (`tests/benchmarks/term_lowerings.py`).
+faster concatenated, and none is rounded on its own (`tests/benchmarks/term_lowerings.py`). On Arm cores concatenated
+terms take 2 to 19% fewer modelled cycles in int8, at the low end (`tests/benchmarks/arm.py`).
 `tests/benchmarks/lowerings.py` times all forms side by side.
 """
 

@@ -13,9 +13,9 @@ from sepdeploy.bench.arm_root import INSTALL_TOOLS, TOOLS, find_root, require_to
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.measurement import Counts, Method
 from sepdeploy.core.progress import Silent
-from sepdeploy.core.selection import Price
+from sepdeploy.core.selection import Price, Unpriced
 from sepdeploy.errors import UsageError
-from sepdeploy.planning.file_target import FileTarget, Pricing
+from sepdeploy.planning.file_target import AS_IT_IS, FileTarget, Pricing
 from sepdeploy.planning.local_target import LITERT, ORT
 from sepdeploy.planning.target import TargetKind
 
@@ -53,20 +53,20 @@ class ArmTarget(FileTarget):
             "root": find_root(Silent()).name,
         }
 
-    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | str]:
+    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | Unpriced]:
         """Prices of files that are all counted in one emulated process; no time is measured.
 
         The ends of a difference are those of the model (`Counts`), not of an interval.
         """
-        from sepdeploy.bench.arm_counts import count_files
+        from sepdeploy.bench.arm_counts import count_files, is_refused
 
         paths = [reference, *others]
         how.progress.stage(f"counting {len(paths)} forms of a layer on the {self.core.title}")
         # Every run does the same, so two of them tell; blocks are many.
         dense, *found = count_files(self.core, paths, how.progress, seed=how.seed, repeats=2, warmup=1)
         if isinstance(dense, str):
-            return [f"the layer as it is cannot be counted: {dense}"] * len(others)
-        return [each if isinstance(each, str) else _price(dense, each) for each in found]
+            return [Unpriced(dense, is_refused(dense)).within(AS_IT_IS)] * len(others)
+        return [Unpriced(e, is_refused(e)) if isinstance(e, str) else _price(dense, e) for e in found]
 
     def compare(self, files: Sequence[Artifact], *, seconds: float, seed: int) -> list[Counts]:
         """Counts of whole files; of any format that the core can run."""

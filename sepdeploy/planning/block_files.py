@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sepdeploy.core.artifact import Format, Precision
-from sepdeploy.core.selection import FusedBlock
+from sepdeploy.core.selection import FusedBlock, Unpriced
 from sepdeploy.errors import ContractError, SepdeployError, ToolError
 from sepdeploy.planning.cut_files import cut_onnx, cut_tflite
 from sepdeploy.planning.fused_block import build_block, example_of
@@ -26,7 +26,7 @@ _BLOCKS = "blocks"
 
 def write_block_files(
     blocks: Sequence[FusedBlock], folder: Path, file_format: Format, precision: Precision
-) -> list[Path | str]:
+) -> list[Path | Unpriced]:
     """Export blocks of one layer, and quantize them.
 
     ONNX Runtime keeps values in layouts of its own between convolutions, in blocks of channels or channels-last, and
@@ -42,13 +42,13 @@ def write_block_files(
         precision: float32 or int8, quantized on random inputs.
 
     Returns:
-        The file of each block, in order, or a sentence that says why there is none.
+        The file of each block, in order, or why there is none.
     """
     if any(block.mixed is not None for block in blocks):
         return _mixed_files(blocks, folder, file_format)
-    networks = [_built(block) for block in blocks]
-    sound = {i: network for i, network in enumerate(networks) if isinstance(network, nn.Module)}
-    paths: list[Path | str] = [network if isinstance(network, str) else "" for network in networks]
+    networks = {i: _built(block) for i, block in enumerate(blocks)}
+    sound = {i: network for i, network in networks.items() if isinstance(network, nn.Module)}
+    files: dict[int, Path | Unpriced] = {i: each for i, each in networks.items() if isinstance(each, Unpriced)}
     if len(sound) > 1:
         try:
             # One export of all takes a fifth of the time of one for each.
@@ -56,23 +56,22 @@ def write_block_files(
                 [blocks[i] for i in sound], list(sound.values()), folder / "common", file_format, precision
             )
             cut = cut_onnx if file_format is Format.ONNX else cut_tflite
-            for i, path in zip(sound, cut(common, len(sound)), strict=True):
-                paths[i] = path
-            return paths
+            files |= zip(sound, cut(common, len(sound)), strict=True)
+            return [files[i] for i in networks]
         except SepdeployError:
             pass  # one of them is to blame: each gets a file of its own
     for i, network in sound.items():
         try:
-            paths[i] = _written([blocks[i]], [network], folder / str(i), file_format, precision)
+            files[i] = _written([blocks[i]], [network], folder / str(i), file_format, precision)
         except SepdeployError as error:
-            paths[i] = str(error)
-    return paths
+            files[i] = Unpriced.of(error)
+    return [files[i] for i in networks]
 
 
-def _mixed_files(blocks: Sequence[FusedBlock], folder: Path, file_format: Format) -> list[Path | str]:
+def _mixed_files(blocks: Sequence[FusedBlock], folder: Path, file_format: Format) -> list[Path | Unpriced]:
     """Files of int8 blocks, and of the same with the block itself, but not its frame, computed otherwise."""
-    written: dict[FusedBlock, tuple[Path, Path] | str] = {}
-    paths: list[Path | str] = []
+    written: dict[FusedBlock, tuple[Path, Path] | Unpriced] = {}
+    paths: list[Path | Unpriced] = []
     for i, block in enumerate(blocks):
         plain = replace(block, mixed=None)
         base = folder / f"int8-{len(written)}"
@@ -81,15 +80,16 @@ def _mixed_files(blocks: Sequence[FusedBlock], folder: Path, file_format: Format
                 int8_path = _written([plain], [build_block(plain)], base, file_format, Precision.INT8)
                 written[plain] = int8_path, Path(f"{base}.{file_format.value}")
             files = written[plain]
-            if isinstance(files, str):
+            if isinstance(files, Unpriced):
                 paths.append(files)
             elif block.mixed is None:
                 paths.append(files[0])
             else:
                 paths.append(_mixed(block, *files, folder / f"mixed-{i}.{file_format.value}", file_format))
         except SepdeployError as error:
-            written.setdefault(plain, str(error))
-            paths.append(str(error))
+            reason = Unpriced.of(error)
+            written.setdefault(plain, reason)
+            paths.append(reason)
     return paths
 
 
@@ -138,11 +138,11 @@ def _scaling(channels: int) -> nn.Conv2d:
     return conv
 
 
-def _built(block: FusedBlock) -> nn.Module | str:
+def _built(block: FusedBlock) -> nn.Module | Unpriced:
     try:
         return build_block(block)
     except SepdeployError as error:
-        return str(error)
+        return Unpriced.of(error)
 
 
 def _written(

@@ -15,9 +15,9 @@ from sepdeploy.bench.board_ssh import PYTHON_VARIABLE, SshBoard
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.options import target_format, target_title
-from sepdeploy.core.selection import Price
+from sepdeploy.core.selection import Price, Unpriced
 from sepdeploy.errors import ToolError
-from sepdeploy.planning.file_target import FileTarget, Pricing
+from sepdeploy.planning.file_target import AS_IT_IS, FileTarget, Pricing
 from sepdeploy.planning.local_target import LITERT, ORT
 from sepdeploy.planning.target import TargetKind
 
@@ -56,7 +56,7 @@ class BoardTarget(FileTarget):
         cpu = f"{found.environment['cpu']} at {self.board.name}"
         return {"runtime": runtime, "cpu": cpu, "cores": found.environment["cores"]}
 
-    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | str]:
+    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | Unpriced]:
         """Prices from runs that are interleaved with those of the reference, all sent in one go."""
         models = tuple(Model(file, how.is_channels_last) for file in (reference, *others))
         how.progress.stage(f"timing {len(others)} forms of a layer on {self.board.name}")
@@ -83,9 +83,10 @@ def _described(board: SshBoard, python: str | None) -> BoardReply:
     return run_on_board(board, Work("describe"), BoardOptions(limit_seconds=_START_SECONDS, python=python))
 
 
-def _price(found: dict[str, Any] | str) -> Price | str:
-    if isinstance(found, str):
-        return found
+def _price(found: dict[str, Any]) -> Price | Unpriced:
+    if "reason" in found:
+        unpriced = Unpriced(str(found["reason"]), found["is_lasting"] is True)
+        return unpriced.within(AS_IT_IS) if found["is_of_reference"] else unpriced
     return Price(
         value=found["median_ms"],
         dense_value=found["reference_ms"],

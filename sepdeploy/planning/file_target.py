@@ -5,26 +5,28 @@ from __future__ import annotations
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from sepdeploy.core.artifact import Format, Precision
 from sepdeploy.core.measurement import Method
-from sepdeploy.core.selection import FusedBlock, Price
+from sepdeploy.core.selection import FusedBlock, Price, Unpriced
 
 if TYPE_CHECKING:
     from sepdeploy.core.chain import ChainSum
     from sepdeploy.core.progress import Progress
 
-__all__ = ["MODULES", "FileTarget", "Pricing", "package_version"]
+__all__ = ["AS_IT_IS", "MODULES", "FileTarget", "Pricing", "package_version"]
 
 MODULES = {
     Format.ONNX: ("onnxruntime", "onnx", "onnxscript", "onnxsim"),
     Format.TFLITE: ("ai_edge_litert", "litert_torch", "ai_edge_quantizer"),
 }
 """Python modules that have a hand in files of a format and in running them, the runtime's first."""
+
+AS_IT_IS = "the layer as it is cannot be measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class FileTarget(ABC):
 
     def measure(
         self, dense: FusedBlock, others: Sequence[FusedBlock], *, seconds: float, seed: int, progress: Progress
-    ) -> list[Price | str]:
+    ) -> list[Price | Unpriced]:
         """Prices of blocks beside the layer as it is; see `Target`.
 
         In ONNX Runtime they hold those of a frame around each block, the same for all (`write_block_files`): it is
@@ -100,18 +102,19 @@ class FileTarget(ABC):
         progress.stage(f"writing {len(others)} forms of a layer as {self.format.value}")
         with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder:
             reference, *files = write_block_files((dense, *others), Path(folder), self.format, self.precision)
-            if isinstance(reference, str):
-                return [f"the layer as it is cannot be measured: {reference}"] * len(others)
+            if isinstance(reference, Unpriced):
+                return [_without_folder(reference.within(AS_IT_IS), folder)] * len(others)
             written = [file for file in files if isinstance(file, Path)]
-            found: Iterable[Price | str] = ()
+            found: Iterable[Price | Unpriced] = ()
             if written:
                 is_channels_last = self.format is Format.TFLITE and not dense.is_linear
                 found = self.prices(reference, written, Pricing(seconds, seed, is_channels_last, progress))
             prices = iter(found)
-            return [file if isinstance(file, str) else next(prices) for file in files]
+            results = [file if isinstance(file, Unpriced) else next(prices) for file in files]
+            return [_without_folder(each, folder) for each in results]
 
     @abstractmethod
-    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | str]:
+    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | Unpriced]:
         """Prices of files of one layer's forms beside that of the layer as it is.
 
         Args:
@@ -120,8 +123,13 @@ class FileTarget(ABC):
             how: How to run them.
 
         Returns:
-            One price for each of `others`, in order, or a sentence that says why it could not be run.
+            One price for each of `others`, in order, or why it could not be run.
         """
+
+
+def _without_folder(found: Price | Unpriced, folder: str) -> Price | Unpriced:
+    """The same, but files are called by their names: reasons are read long after the folder is gone."""
+    return replace(found, reason=found.reason.replace(f"{folder}/", "")) if isinstance(found, Unpriced) else found
 
 
 def package_version(module: str) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sepdeploy.core.artifact import Format
 from sepdeploy.core.measurement import Method
-from sepdeploy.core.selection import Price
+from sepdeploy.core.selection import Price, Unpriced
 from sepdeploy.errors import SepdeployError
-from sepdeploy.planning.file_target import MODULES, FileTarget, Pricing, package_version
+from sepdeploy.planning.file_target import AS_IT_IS, MODULES, FileTarget, Pricing, package_version
 from sepdeploy.planning.target import TargetKind
 
 if TYPE_CHECKING:
@@ -37,19 +37,19 @@ class LocalTarget(FileTarget):
         runtime, *_ = MODULES[self.format]
         return {"runtime": package_version(runtime), "cpu": cpu_name(), "cores": usable_cores()}
 
-    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | str]:
+    def prices(self, reference: Path, others: Sequence[Path], how: Pricing) -> list[Price | Unpriced]:
         """Prices from runs that are interleaved with those of the reference."""
         from sepdeploy.bench.differences import measure_differences
 
         dense, *candidates = (self._opened(path, how) for path in (reference, *others))
-        if isinstance(dense, str):
-            return [f"the layer as it is cannot be measured: {dense}"] * len(others)
-        sessions = [session for session in candidates if not isinstance(session, str)]
+        if isinstance(dense, Unpriced):
+            return [dense.within(AS_IT_IS)] * len(others)
+        sessions = [session for session in candidates if not isinstance(session, Unpriced)]
         how.progress.stage(f"timing {len(sessions)} forms of a layer")
         differences = iter(measure_differences(dense, sessions, seconds=how.seconds, seed=how.seed))
-        prices: list[Price | str] = []
+        prices: list[Price | Unpriced] = []
         for candidate in candidates:
-            if isinstance(candidate, str):
+            if isinstance(candidate, Unpriced):
                 prices.append(candidate)
                 continue
             found = next(differences)
@@ -73,15 +73,15 @@ class LocalTarget(FileTarget):
 
         return time_files(files, threads=self.threads, seconds=seconds, seed=seed)
 
-    def _opened(self, path: Path, how: Pricing) -> Session | str:
-        """A session that has run once; why not, as a sentence."""
+    def _opened(self, path: Path, how: Pricing) -> Session | Unpriced:
+        """A session that has run once, or why it does not."""
         from sepdeploy.bench.session import open_session
 
         try:
             session = open_session(path, threads=self.threads, is_channels_last=how.is_channels_last)
             session.set_random_input(how.seed)
         except SepdeployError as error:
-            return str(error)
+            return Unpriced.of(error)
         return session
 
 

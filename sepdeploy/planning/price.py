@@ -1,4 +1,4 @@
-"""Prices of blocks on a target: each is measured once, and remembered."""
+"""Prices of blocks on a target: each is measured once, and remembered, as is what cannot be built or run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from sepdeploy.core.price_cache import PriceCache
 from sepdeploy.core.progress import Progress, Silent
-from sepdeploy.core.selection import FusedBlock, Price
+from sepdeploy.core.selection import FusedBlock, Price, Unpriced
 from sepdeploy.planning.target import Target
+from sepdeploy.version import __version__
 
 __all__ = ["NOT_MEASURED", "price_blocks"]
 
 NOT_MEASURED = "not measured: "
-"""How the reason begins of a block that the time did not last for."""
+"""How the reason begins of a block that the next run is to try: the time did not last for it, or the machine failed."""
 
 _TOGETHER = 16
 """Blocks that are measured in one go: after each, prices are kept and the time is looked at."""
@@ -37,7 +38,8 @@ def price_blocks(
         target: Where.
         groups: Block of a layer as it is -> blocks that it could become, with the same input and activation. Where
             `budget_seconds` may not last for all, the first come first.
-        cache: What is known; new prices are added as soon as they are measured.
+        cache: What is known; new prices are added as soon as they are measured, and blocks that the exporter or the
+            runtime refuses. What failed for want of memory, disk or time is not remembered.
         seconds_per_block: Most time to spend on the runs of one block.
         budget_seconds: Most time to spend in all, writing files included; None for no limit. What has begun is
             finished.
@@ -51,12 +53,14 @@ def price_blocks(
     Raises:
         ToolError: if the target fails as a whole; what was measured until then is in the cache.
     """
-    key = {**target.key(), "seconds": seconds_per_block}  # what was timed in a hurry is not to last
+    where = target.key()
+    key = {**where, "seconds": seconds_per_block}  # what was timed in a hurry is not to last
+    refusal_key = {**where, "sepdeploy": __version__}  # another version may know how to write it
     prices: dict[tuple[FusedBlock, FusedBlock], Price | str] = {}
     missing: dict[FusedBlock, list[FusedBlock]] = {}
     for dense, others in groups.items():
         for block in dict.fromkeys(others):
-            known = cache.get(key, dense, block)
+            known = cache.get(key, dense, block) or cache.refusal(refusal_key, dense, block)
             if known is None:
                 missing.setdefault(dense, []).append(block)
             else:
@@ -71,9 +75,20 @@ def price_blocks(
         found = target.measure(dense, blocks, seconds=seconds_per_block, seed=seed, progress=counted)
         priced = dict(zip(blocks, found, strict=True))
         cache.put(key, dense, {block: price for block, price in priced.items() if isinstance(price, Price)})
-        prices.update({(dense, block): price for block, price in priced.items()})
+        refused = {block: each for block, each in priced.items() if isinstance(each, Unpriced)}
+        cache.put_refusals(
+            refusal_key, dense, {block: each.reason for block, each in refused.items() if each.is_lasting}
+        )
+        prices.update({(dense, block): _told(price) for block, price in priced.items()})
         counted.done += len(blocks)
     return prices
+
+
+def _told(found: Price | Unpriced) -> Price | str:
+    """A price, or the sentence that says why there is none."""
+    if isinstance(found, Price):
+        return found
+    return found.reason if found.is_lasting else f"{NOT_MEASURED}{found.reason}"
 
 
 def _batches(missing: Mapping[FusedBlock, list[FusedBlock]]) -> Iterator[tuple[FusedBlock, list[FusedBlock]]]:

@@ -21,7 +21,7 @@ from sepdeploy.errors import ToolError, UsageError
 if TYPE_CHECKING:
     from sepdeploy.core.chain import ChainSum
     from sepdeploy.core.progress import Progress
-    from sepdeploy.core.selection import FusedBlock, Price
+    from sepdeploy.core.selection import FusedBlock, Price, Unpriced
 
 __all__ = ["TARGETS_BY_NAME", "Target", "TargetKind", "bench_target", "find_kind", "find_target"]
 
@@ -64,7 +64,7 @@ class Target(Protocol):
 
     def measure(
         self, dense: FusedBlock, others: Sequence[FusedBlock], *, seconds: float, seed: int, progress: Progress
-    ) -> list[Price | str]:
+    ) -> list[Price | Unpriced]:
         """Prices of blocks beside the layer as it is.
 
         Args:
@@ -75,7 +75,7 @@ class Target(Protocol):
             progress: Told what is going on.
 
         Returns:
-            One price for each of `others`, in order, or a sentence that says why it could not be built or run.
+            One price for each of `others`, in order, or why it could not be built or run.
         """
 
     def compare(self, files: Sequence[Artifact], *, seconds: float, seed: int) -> Sequence[Measured]:

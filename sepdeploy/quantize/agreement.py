@@ -14,7 +14,7 @@ from sepdeploy.core.quiet import quiet, silenced_native_stderr
 from sepdeploy.quantize.file_ranges import FileTensors, fingerprint, match_places
 from sepdeploy.quantize.simulate import fake_quantized
 
-__all__ = ["affines_of_onnx", "affines_of_tflite", "agreement_ratio", "output_steps", "simulation_of_file"]
+__all__ = ["affines_of_onnx", "affines_of_tflite", "agreement_ratio", "simulation_of_file"]
 
 
 def affines_of_onnx(path: Path) -> dict[str, Affine]:
@@ -31,24 +31,6 @@ def affines_of_onnx(path: Path) -> dict[str, Affine]:
             name = node.input[0].removesuffix("_QuantizeLinear_Input")
             found[name] = _affine(float(scale), int(zero_point), zero_point.dtype)
     return found
-
-
-def output_steps(path: Path) -> list[float]:
-    """Scale of each output of a QDQ file, in order; none if one of them is not quantized."""
-    import onnx
-
-    graph = onnx.load(str(path)).graph
-    makers = {name: node for node in graph.node for name in node.output}
-    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
-    steps = []
-    for output in graph.output:
-        maker = makers.get(output.name)
-        while maker is not None and maker.op_type == "Identity":  # of a tensor that is returned twice
-            maker = makers.get(maker.input[0])
-        if maker is None or maker.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            return []
-        steps.append(float(constants[maker.input[1]]))
-    return steps
 
 
 def affines_of_tflite(path: Path) -> dict[str, Affine]:

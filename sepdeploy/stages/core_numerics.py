@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from sepdeploy.bench.arm_cores import emulated_core
-from sepdeploy.bench.arm_numerics import compare_numerics
+from sepdeploy.bench.arm_numerics import agreement_sentence, compare_numerics, mismatch_sentence
 from sepdeploy.bench.arm_root import find_root, tool_versions
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.measurement import Numerics
-from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.options import ConvertOptions, target_format
 from sepdeploy.core.progress import Progress
-from sepdeploy.core.report import ArtifactResult
+from sepdeploy.core.report import ArtifactResult, Check
 from sepdeploy.core.stage_store import StageStore
+from sepdeploy.render.format_numbers import plural
 from sepdeploy.stages.versions import versions
 from sepdeploy.version import __version__
 
-__all__ = ["compare_on_core"]
+__all__ = ["compare_on_core", "numerics_check", "numerics_notes"]
 
 
 def compare_on_core(
@@ -55,3 +57,37 @@ def compare_on_core(
             paths[i].unlink(missing_ok=True)
             store.run(stages[i], keys[i], (paths[i],), partial(write_json, paths[i], numerics))
     return [replace(result, numerics=read_json(Numerics, path)) for result, path in zip(results, paths, strict=True)]
+
+
+def numerics_check(results: Sequence[ArtifactResult], options: ConvertOptions) -> list[Check]:
+    """Whether every file computes on the target's core what it computes here, where that was looked at.
+
+    Files of the other format are not what the core is to run: that one does not start there is said in a note
+    (`numerics_notes`). One that runs and computes something else breaks the promise like any other.
+    """
+    compared = [(r.artifact.path, r.numerics) for r in results if r.numerics is not None and not _is_beside(r, options)]
+    if not compared:
+        return []
+    wrong = [mismatch_sentence(path, numerics) for path, numerics in compared if not numerics.is_same]
+    sentence = "; ".join(wrong) or agreement_sentence([numerics for _, numerics in compared])
+    beside = sum(_is_beside(result, options) for result in results)
+    if beside:
+        sentence += f"; {plural(beside, 'file')} of the other format could not be run there, as the notes say"
+    return [Check("numerics", not wrong, sentence)]
+
+
+def numerics_notes(results: Sequence[ArtifactResult], options: ConvertOptions) -> tuple[str, ...]:
+    """Why files of the other format than the target's do not run on its core."""
+    return tuple(
+        f"{mismatch_sentence(r.artifact.path, r.numerics)}; {options.target} runs "
+        f"{target_format(options.target).value} files, so no promise is about it"
+        for r in results
+        if r.numerics is not None and _is_beside(r, options)
+    )
+
+
+def _is_beside(result: ArtifactResult, options: ConvertOptions) -> bool:
+    """Whether a file that does not run on the target's core is not of the format that it is to run."""
+    numerics = result.numerics
+    is_of_target = result.artifact.format is target_format(options.target)
+    return numerics is not None and bool(numerics.failure) and not is_of_target

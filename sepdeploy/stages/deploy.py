@@ -17,6 +17,7 @@ from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import replacing, sha256_of_file
 from sepdeploy.core.int8 import IoType, PlaceRange, RangeMethod
+from sepdeploy.core.onnx_steps import output_steps
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan, lowered_for
 from sepdeploy.core.progress import Progress
@@ -315,10 +316,14 @@ class _FileMaker:
 
     def with_agreement(self, results: list[ArtifactResult]) -> list[ArtifactResult]:
         """The same with how far the int8 TFLite file agrees with the int8 ONNX file, if there are both."""
-        from sepdeploy.quantize.agreement import agreement_ratio, output_steps
+        from sepdeploy.quantize.agreement import agreement_ratio
 
         files = {r.artifact.format: r.artifact for r in results if r.artifact.precision is Precision.INT8}
-        if len(files) < len(Format) or not (steps := output_steps(Path(files[Format.ONNX].path))):
+        if len(files) < len(Format):
+            return results
+        found = output_steps(Path(files[Format.ONNX].path))
+        steps = [step for step in found if step is not None]
+        if len(steps) < len(found):  # an output in float has no step to agree within
             return results
         of_onnx, of_tflite = (
             open_session(Path(file.path), threads=1, is_channels_last=file.is_channels_last).predict(self.batch)

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 
 from sepdeploy.analyze.liveness import measure_memory
-from sepdeploy.bench.arm_numerics import agreement_sentence, mismatch_sentence
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.codec import write_json
 from sepdeploy.core.conv import Trace
@@ -29,6 +28,7 @@ from sepdeploy.quantize.float16 import computes_in_float16
 from sepdeploy.quantize.saturation import saturates_u8s8
 from sepdeploy.render.format_numbers import plural
 from sepdeploy.render.html import render_html
+from sepdeploy.stages.core_numerics import numerics_check, numerics_notes
 from sepdeploy.stages.fault import find_faults
 from sepdeploy.stages.guard import GuardRecord
 from sepdeploy.stages.load import Inputs, summarize_images
@@ -137,6 +137,7 @@ def make_report(
             *_memory_notes(options, plan, memory_before, memory_after),
             *_lowering_notes(options, network),
             *_file_notes(options, in_bundle),
+            *numerics_notes(in_bundle, options),
             *_int8_notes(inputs, in_bundle, mixed),
             *_selection_notes(guard),
             *(() if mixed is None else mixed_notes(mixed)),
@@ -190,7 +191,7 @@ def _checks(
     if options.max_drop_points is not None and converted.quality is not None:
         quality = converted.quality
         checks.append(_accuracy_check(options, results, quality, quality_of_network, images, is_hooked=is_hooked))
-    checks += _numerics_checks(results)
+    checks += numerics_check(results, options)
     limits = tuple(_limit_checks(options, converted, network, memory)) if options.selects else ()
     if plan.replaced:
         # Where something else than speed was asked for, a slower file is worth a note (`_file_notes`), but no failure.
@@ -231,15 +232,6 @@ def _accuracy_check(
     if any(fault.stage == "quantization" for fault in faults) and drops.original_file is not None:
         sentence += f" (the original network loses {drops.original_file:.2f} in {options.precision.value})"
     return Check("accuracy", drops.file <= limit, sentence, faults)
-
-
-def _numerics_checks(results: Sequence[ArtifactResult]) -> list[Check]:
-    """Whether every file computes on the target's core what it computes here, where that was looked at."""
-    compared = {r.artifact.path: r.numerics for r in results if r.numerics is not None}
-    if not compared:
-        return []
-    wrong = [mismatch_sentence(path, numerics) for path, numerics in compared.items() if not numerics.is_same]
-    return [Check("numerics", not wrong, "; ".join(wrong) or agreement_sentence(list(compared.values())))]
 
 
 def _limit_checks(

@@ -26,6 +26,7 @@ from sepdeploy.planning.fused_block import blocks_of_site, dense_form
 from sepdeploy.planning.memory import memory_with_candidates
 from sepdeploy.planning.price import NOT_MEASURED, price_blocks
 from sepdeploy.planning.target import Target, find_target
+from sepdeploy.render.format_numbers import plural
 from sepdeploy.stages.launch import Processes
 from sepdeploy.stages.load import Inputs
 from sepdeploy.stages.recover import held_out_images
@@ -115,7 +116,7 @@ def _the_users(lowering: tuple[str, ...]) -> TargetLowerings:
 
 
 def _lacks_prices(path: Path) -> bool:
-    """Whether a table was made in less time than its prices take: the next run is to go on with them."""
+    """Whether prices were not measured for want of time, memory or disk: the next run is to go on with them."""
     try:
         weighed = read_json(Selection, path)
     except UsageError:  # not there or damaged: made anew in any case
@@ -228,7 +229,7 @@ def _measured_prices(
         progress=progress,
     )
     cache.close()
-    return _Prices(blocks, found, cache.notes)
+    return _Prices(blocks, found, (*cache.notes, *_missing_notes(found)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +256,15 @@ class _Blocks:
         return tuple(zip(dense, blocks_of_site(site, candidate.form, activation, lowering), strict=True))
 
 
+def _missing_notes(found: Mapping[tuple[FusedBlock, FusedBlock], Price | str]) -> tuple[str, ...]:
+    """How many forms the time or the machine did not last for."""
+    missing = [why for why in found.values() if isinstance(why, str) and why.startswith(NOT_MEASURED)]
+    if not missing:
+        return ()
+    reason = missing[0].removeprefix(NOT_MEASURED)
+    return (f"{plural(len(missing), 'form')} of layers not measured ({reason}); the next run goes on with them",)
+
+
 @dataclass(frozen=True, slots=True)
 class _Prices:
     """What forms cost.
@@ -262,7 +272,7 @@ class _Prices:
     Attributes:
         blocks: Their blocks.
         found: (dense block, block) -> price, or why there is none.
-        notes: What the user should know of the cache.
+        notes: What the user should know of how they came about.
     """
 
     blocks: _Blocks
@@ -274,13 +284,18 @@ class _Prices:
         prices = [self.found[pair] for pair in self.blocks.pairs(name, candidate, lowering)]
         reasons = [price for price in prices if isinstance(price, str)]
         if reasons:
-            return reasons[0]
+            return _first_reason(reasons)
         known = [price for price in prices if not isinstance(price, str)]
         return (
             sum(price.difference for price in known),
             sum(price.difference_low for price in known),
             sum(price.difference_high for price in known),
         )
+
+
+def _first_reason(reasons: Sequence[str]) -> str:
+    """The first that the next run may do away with, so that it tries; else the first."""
+    return min(reasons, key=lambda reason: not reason.startswith(NOT_MEASURED))
 
 
 def _layer_choices(
@@ -294,7 +309,7 @@ def _layer_choices(
         costs = {lowering: prices.of(forms.name, candidate, lowering) for lowering in lowerings}
         known = {lowering: cost for lowering, cost in costs.items() if not isinstance(cost, str)}
         if not known:
-            refused[label] = next(cost for cost in costs.values() if isinstance(cost, str))
+            refused[label] = _first_reason([cost for cost in costs.values() if isinstance(cost, str)])
             continue
         # By the end of the interval: the least of several medians is mostly the luckiest one.
         lowering = min(known, key=lambda each: known[each][2])

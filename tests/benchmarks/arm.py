@@ -144,11 +144,13 @@ def write(network, example, base, file_format, precision):
 
 
 def written_forms(channels, runtime, precision):
-    """(name of a form, lowering) for all that has another result, and what PUBLISHED has."""
+    """(name of a form, lowering) for all that has another result, what PUBLISHED has, and terms as branches."""
     for name, form in forms(channels)[1].items():
         choices = dict.fromkeys(lowering_choices(form, RUNTIMES[runtime], precision))
         if name.startswith("o-sep"):
             choices |= {PUBLISHED_LOWERING[runtime]: None}
+        if len(form.terms) > 1:
+            choices |= {(): None}
         for lowering in choices:
             yield name, form, lowering
 
@@ -162,7 +164,8 @@ def count_blocks(arguments):
             spec, _ = forms(channels)
             for runtime in arguments.runtimes.split(","):
                 for precision in map(Precision, arguments.precisions.split(",")):
-                    todo = list(written_forms(channels, runtime, precision))
+                    wanted = arguments.forms and arguments.forms.split(",")
+                    todo = [e for e in written_forms(channels, runtime, precision) if not wanted or e[0] in wanted]
                     cores = [c for c in arguments.cores.split(",") if not all(
                         (c, shape, runtime, precision.value, name, "+".join(lowering)) in known
                         for name, _, lowering in todo
@@ -246,6 +249,7 @@ def main():
     blocks.add_argument("--shapes", default=",".join(SHAPES))
     blocks.add_argument("--runtimes", default="litert,ort")
     blocks.add_argument("--precisions", default="int8,float32")
+    blocks.add_argument("--forms", help="'dense,depthwise separable T=2'; default: all")
     plans = commands.add_parser("plans")
     plans.add_argument("source", type=Path)
     plans.add_argument("--cores", default="cortex-a72,cortex-a76")

@@ -9,9 +9,17 @@ from pathlib import Path
 import pytest
 
 from sepdeploy.bench.arm_cores import find_core
-from sepdeploy.bench.arm_counts import count_files, counts_of, require_counts
+from sepdeploy.bench.arm_counts import count_files, counts_of, is_refused, require_counts
 from sepdeploy.bench.arm_cycles import CycleModel
-from sepdeploy.bench.arm_guest import Block, GuestFile, Region, guest_arguments, guest_environment, parse_counts
+from sepdeploy.bench.arm_guest import (
+    INCOMPLETE,
+    Block,
+    GuestFile,
+    Region,
+    guest_arguments,
+    guest_environment,
+    parse_counts,
+)
 from sepdeploy.bench.arm_root import find_plugin, find_root, missing_tools
 from sepdeploy.bench.prefixes import write_prefixes
 from sepdeploy.bench.session import open_session
@@ -38,6 +46,7 @@ def a72_counts(int8_tflite_file: Path, int8_onnx_file: Path, tmp_path_factory: p
 def test_counts_are_whole_and_labelled(a72_counts) -> None:
     tflite, damaged, onnx = a72_counts
     assert "damaged.onnx" in damaged
+    assert is_refused(damaged)
     with pytest.raises(ToolError, match=r"x\.onnx cannot be counted: .*damaged"):
         require_counts([Path("x.onnx")], [damaged])
     for counts, runtime in ((tflite, "ai-edge-litert"), (onnx, "onnxruntime")):
@@ -208,3 +217,21 @@ def test_prefixes_hold_the_convolution_with_its_activation(onnx_file: Path, tmp_
     first = write_prefixes(onnx_file, tmp_path)[0]
     assert first.name.startswith("Conv ")
     assert "Relu" in first.name
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_lasting"),
+    [
+        ("NotImplemented: no such operator", True),
+        ("the guest crashed (SIGILL) while it ran 1.onnx", True),
+        ("its repeats differ by 1% in instructions, more than 0.5%: it does not do the same each time", True),
+        ("the guest crashed (SIGKILL) while it ran 1.onnx", False),
+        ("the guest was stopped after 900 s without a result while it ran 1.onnx", False),
+        ("OSError: [Errno 28] No space left on device", False),
+        ("MemoryError: no message", False),
+        ("RuntimeException: std::bad_alloc", False),
+        (INCOMPLETE, False),
+    ],
+)
+def test_only_what_is_of_the_file_is_a_refusal(reason: str, is_lasting: bool) -> None:
+    assert is_refused(reason) is is_lasting

@@ -28,6 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PriceCache:
     cache = PriceCache()
     key = {"target": "litert", "precision": "int8", "threads": 2, "runtime": "ai-edge-litert 2.3.0", "cpu": cpu_name()}
     cache.put(key, BLOCK, {BLOCK: PRICE})
+    cache.put_refusals({**key, "sepdeploy": "1"}, BLOCK, {BLOCK: "no such operator"})
     cache.put({**key, "cpu": "the cpu of another machine"}, BLOCK, {BLOCK: PRICE})
     return cache
 
@@ -39,6 +40,7 @@ def test_targets_as_json(capsys: pytest.CaptureFixture[str], cache: PriceCache) 
     assert list(by_name) == list(TARGETS_BY_NAME)
     (row,) = by_name["litert"]["cached"]
     assert (row["precision"], row["threads"], row["runtime"], row["prices"]) == ("int8", 2, "ai-edge-litert 2.3.0", 1)
+    assert row["refusals"] == 1
     assert by_name["ort"]["cached"] == []
     assert (by_name["ort"]["missing"], by_name["ort"]["install"], by_name["ort"]["unit"]) == ([], None, "ms")
     assert data["cache"] == {"path": str(cache.path), "notes": []}
@@ -47,7 +49,7 @@ def test_targets_as_json(capsys: pytest.CaptureFixture[str], cache: PriceCache) 
 def test_targets_as_tables(capsys: pytest.CaptureFixture[str], cache: PriceCache) -> None:
     assert main.run(["targets"]) == 0
     out = capsys.readouterr().out
-    for part in ("ort", "ONNX Runtime on this CPU", "yes", "ai-edge-litert 2.3.0", str(cache.path)):
+    for part in ("ort", "ONNX Runtime on this CPU", "yes", "ai-edge-litert 2.3.0", "refused", str(cache.path)):
         assert part in out
     cache.clear()
     assert main.run(["targets"]) == 0

@@ -72,11 +72,47 @@ def test_summary_and_clear(path: Path) -> None:
         ("ort", "int8", 1, "onnxruntime 1.2", 2),
         ("ort", "int8", 2, "onnxruntime 1.2", 1),
     ]
+    assert [row.refusals for row in rows] == [0, 0]
     assert len(rows[0].day.split("-")) == 3
     cache.clear()
     assert cache.summary() == ()
     assert cache.get(TARGET, DENSE, BLOCK) is None
     assert PriceCache(path).summary() == ()
+
+
+def test_refusals_outlive_the_process_and_are_counted_apart(path: Path) -> None:
+    reason = 'no operator "X" \u2013 for this'
+    cache = filled(path)
+    cache.put_refusals({**TARGET, "sepdeploy": "1"}, DENSE, {BLOCK: reason, DENSE: ""})
+    cache.close()
+    cache = PriceCache(path)
+    assert cache.refusal({**TARGET, "sepdeploy": "1"}, DENSE, BLOCK) == reason
+    assert cache.refusal({**TARGET, "sepdeploy": "2"}, DENSE, BLOCK) is None
+    assert cache.refusal(TARGET, DENSE, BLOCK) is None, "a price is no refusal"
+    assert cache.get({**TARGET, "sepdeploy": "1"}, DENSE, BLOCK) is None, "nor a refusal a price"
+    (row,) = cache.summary()
+    assert (row.prices, row.refusals) == (1, 2)
+    cache.clear()
+    assert cache.refusal({**TARGET, "sepdeploy": "1"}, DENSE, BLOCK) is None
+
+
+def test_a_file_from_before_there_were_refusals(path: Path) -> None:
+    """As it was written then; that version in turn takes a refusal for no price (`_parsed`)."""
+    path.parent.mkdir()
+    with sqlite3.connect(path) as database:
+        database.execute(
+            "CREATE TABLE prices (key TEXT PRIMARY KEY, target TEXT, precision TEXT, threads INTEGER, runtime TEXT, "
+            "cpu TEXT, day TEXT, price TEXT) WITHOUT ROWID"
+        )
+        row = ("a key", "ort", "int8", 1, "onnxruntime 1.2", "a cpu", "2026-01-01", '{"value": 1.0}')
+        database.execute("INSERT INTO prices VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+    database.close()
+    cache = PriceCache(path)
+    cache.put_refusals(TARGET, DENSE, {BLOCK: "no such operator"})
+    assert cache.refusal(TARGET, DENSE, BLOCK) == "no such operator"
+    assert cache.notes == ()
+    (found,) = cache.summary()
+    assert (found.prices, found.refusals) == (1, 1)
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 100, None])

@@ -16,7 +16,7 @@ from sepdeploy.core.options import target_for
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.core.price_cache import PriceCache
 from sepdeploy.core.progress import Silent
-from sepdeploy.core.selection import Price
+from sepdeploy.core.selection import Price, Unpriced
 from sepdeploy.errors import ToolError, UsageError
 from sepdeploy.planning import block_files, target
 from sepdeploy.planning.fused_block import dense_block
@@ -68,15 +68,15 @@ def test_ends_of_a_difference_are_those_of_the_model(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         block_files, "write_block_files", lambda blocks, *rest: [Path(str(i)) for i in range(len(blocks))]
     )
-    found = [counts(100, 200), counts(40, 190), "it crashed"]
+    found = [counts(100, 200), counts(40, 190), "RuntimeError: no such operator"]
     monkeypatch.setattr(arm_counts, "count_files", lambda *given, **options: found)
     made = target.TARGETS_BY_NAME["cortex-a72"]().make(Precision.INT8, 1)
     price, reason = made.measure(DENSE, [SEPARABLE, SEPARABLE], seconds=1, seed=0, progress=Silent())
-    assert reason == "it crashed"
+    assert reason == Unpriced("RuntimeError: no such operator", is_lasting=True)
     assert (price.difference_low, price.difference, price.difference_high) == (-60, -60, -10)
-    found[0] = "no such thing"
+    found[0] = "the guest crashed (SIGKILL)"
     assert made.measure(DENSE, [SEPARABLE], seconds=1, seed=0, progress=Silent()) == [
-        "the layer as it is cannot be counted: no such thing"
+        Unpriced("the layer as it is cannot be measured: the guest crashed (SIGKILL)", is_lasting=False)
     ]
 
 

@@ -12,10 +12,10 @@ from sepdeploy.core.conv import ConvSpec
 from sepdeploy.core.measurement import Latency, Method
 from sepdeploy.core.price_cache import PriceCache
 from sepdeploy.core.progress import Progress
-from sepdeploy.core.selection import FusedBlock, Price
+from sepdeploy.core.selection import FusedBlock, Price, Unpriced
 from sepdeploy.errors import ToolError
 from sepdeploy.planning.fused_block import dense_block
-from sepdeploy.planning.price import price_blocks
+from sepdeploy.planning.price import NOT_MEASURED, price_blocks
 from sepdeploy.planning.target import Target
 
 DENSE = dense_block(ConvSpec(8, 8, (3, 3), padding=(1, 1, 1, 1)), (12, 12))
@@ -35,7 +35,8 @@ class CountingTarget:
         Method.EMULATED_COUNT,
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_lasting: bool = True) -> None:
+        self.is_lasting = is_lasting
         self.measured: list[tuple[FusedBlock, tuple[FusedBlock, ...]]] = []
         self.now = 0.0
         self.seconds: set[float] = set()
@@ -54,7 +55,7 @@ class CountingTarget:
 
     def measure(
         self, dense: FusedBlock, others: Sequence[FusedBlock], *, seconds: float, seed: int, progress: Progress
-    ) -> list[Price | str]:
+    ) -> list[Price | Unpriced]:
         self.measured.append((dense, tuple(others)))
         self.now += 10 * len(others)
         self.seconds.add(seconds)
@@ -62,7 +63,9 @@ class CountingTarget:
         if any(block.lowering == ("broken",) for block in others):
             raise ToolError("the emulator crashed")
         return [
-            "it cannot be built" if block == C else Price(n, 9.0, n - 9, n - 9, n - 9, "kcycles", 1, self.method)
+            Unpriced("it cannot be built", self.is_lasting)
+            if block == C
+            else Price(n, 9.0, n - 9, n - 9, n - 9, "kcycles", 1, self.method)
             for n, block in enumerate(others, 1)
         ]
 
@@ -101,11 +104,24 @@ def test_only_what_is_missing_is_measured(cache: PriceCache) -> None:
     assert set(prices) == {(DENSE, A), (DENSE, B)}
 
 
-def test_what_cannot_be_built_has_a_reason_and_is_not_remembered(cache: PriceCache) -> None:
+def test_what_cannot_be_built_is_remembered_with_its_reason(cache: PriceCache, monkeypatch: pytest.MonkeyPatch) -> None:
     target = CountingTarget()
     prices = price_blocks(target, {DENSE: [A, C]}, cache)
     assert prices[DENSE, C] == "it cannot be built"
     assert isinstance(prices[DENSE, A], Price)
+    assert price_blocks(target, {DENSE: [A, C]}, cache) == prices
+    assert len(target.measured) == 1
+    price_blocks(target, {DENSE: [C]}, cache, seconds_per_block=1.0)
+    assert len(target.measured) == 1, "more time changes nothing about it"
+    monkeypatch.setattr("sepdeploy.planning.price.__version__", "99.0")
+    price_blocks(target, {DENSE: [A, C]}, cache)
+    assert target.measured[1:] == [(DENSE, (C,))], "another version may build it"
+
+
+def test_what_the_machine_failed_at_is_tried_again(cache: PriceCache) -> None:
+    target = CountingTarget(is_lasting=False)
+    prices = price_blocks(target, {DENSE: [A, C]}, cache)
+    assert prices[DENSE, C] == f"{NOT_MEASURED}it cannot be built"
     price_blocks(target, {DENSE: [A, C]}, cache)
     assert target.measured[1:] == [(DENSE, (C,))]
 

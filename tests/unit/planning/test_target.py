@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,12 +20,14 @@ from sepdeploy.core.int8_proof import FloatReason
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.mixed import Arithmetic
 from sepdeploy.core.plan import SchemeOptions
+from sepdeploy.core.price_cache import PriceCache
 from sepdeploy.core.progress import Silent
-from sepdeploy.core.selection import FusedBlock, Price
+from sepdeploy.core.selection import FusedBlock, Price, Unpriced
 from sepdeploy.errors import ToolError, UsageError
 from sepdeploy.planning import block_files, local_target
 from sepdeploy.planning.block_files import write_block_files
 from sepdeploy.planning.fused_block import build_block, dense_block, example_of
+from sepdeploy.planning.price import NOT_MEASURED, price_blocks
 from sepdeploy.planning.target import TARGETS_BY_NAME, find_target
 from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
 from sepdeploy.schemes.scheme import find_scheme
@@ -55,7 +58,7 @@ def expected(block: FusedBlock) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def onnx_files(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, list[Path | str]]:
+def onnx_files(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, list[Path | Unpriced]]:
     blocks = (DENSE, UNBUILDABLE, SEPARABLE, SHUFFLED)
     return {
         precision: write_block_files(blocks, tmp_path_factory.mktemp("onnx"), Format.ONNX, precision)
@@ -63,9 +66,9 @@ def onnx_files(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, list
     }
 
 
-def test_one_export_gives_a_file_for_each_block(onnx_files: dict[Precision, list[Path | str]]) -> None:
+def test_one_export_gives_a_file_for_each_block(onnx_files: dict[Precision, list[Path | Unpriced]]) -> None:
     for precision, (dense, reason, separable, shuffled) in onnx_files.items():
-        assert "ends in a convolution" in reason
+        assert "ends in a convolution" in reason.reason
         for path, block in ((dense, DENSE), (separable, SEPARABLE), (shuffled, SHUFFLED)):
             # The frame scales before and after; the blocks have small biases, so not by its square.
             wanted = 0.875 * build_block(block)(0.875 * example_of(block)).numpy()
@@ -74,7 +77,9 @@ def test_one_export_gives_a_file_for_each_block(onnx_files: dict[Precision, list
             assert error < (1e-5 if precision is Precision.FLOAT32 else 0.1)
 
 
-def test_layouts_change_outside_of_the_frame(onnx_files: dict[Precision, list[Path | str]], tmp_path: Path) -> None:
+def test_layouts_change_outside_of_the_frame(
+    onnx_files: dict[Precision, list[Path | Unpriced]], tmp_path: Path
+) -> None:
     dense, _, separable, _ = onnx_files[Precision.INT8]
     outside = ["QuantizeLinear", "Transpose"], ["Transpose", "DequantizeLinear"]
     convs = {path: operators(path, tmp_path) for path in (dense, separable)}
@@ -101,8 +106,62 @@ def test_one_that_cannot_be_exported_refuses_only_itself(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(exporter, "export_onnx", picky)
     separable, shuffled = write_block_files((SEPARABLE, SHUFFLED), tmp_path, Format.ONNX, Precision.FLOAT32)
-    assert shuffled == "no shuffles, and one at a time"
+    assert shuffled == Unpriced("no shuffles, and one at a time", is_lasting=True)
     assert OrtSession(separable).predict(example_of(SEPARABLE).numpy())[0].shape == (1, 32, 6, 6)
+
+
+class Exporter:
+    """Exports all but shuffles, where it raises `error` from `cause`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sepdeploy.export import onnx as exporter
+
+        self.error, self.cause, self.calls = ToolError("no such operator"), None, 0
+        self.export = exporter.export_onnx
+        monkeypatch.setattr(exporter, "export_onnx", self)
+
+    def __call__(self, model: torch.nn.Module, example: torch.Tensor, path: Path) -> None:
+        self.calls += 1
+        if any(type(module).__name__ == "ChannelShuffle" for module in model.modules()):
+            raise self.error from self.cause
+        self.export(model, example, path)
+
+
+def prices_of_two(cache: Path) -> list[Price | str]:
+    target = find_target("ort", Precision.FLOAT32, 1)
+    prices = price_blocks(target, {DENSE: (SEPARABLE, SHUFFLED)}, PriceCache(cache), seconds_per_block=0.01)
+    return [prices[DENSE, SEPARABLE], prices[DENSE, SHUFFLED]]
+
+
+def test_a_second_run_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = Exporter(monkeypatch)
+    first = prices_of_two(tmp_path / "prices")
+    assert isinstance(first[0], Price)
+    assert first[1] == "no such operator"
+    calls = exporter.calls
+    assert prices_of_two(tmp_path / "prices") == first
+    assert exporter.calls == calls
+    PriceCache(tmp_path / "prices").clear()
+    prices_of_two(tmp_path / "prices")
+    assert exporter.calls == 2 * calls
+
+
+def test_what_the_machine_lacked_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = Exporter(monkeypatch)
+    exporter.cause = OSError(errno.ENOSPC, "No space left on device")
+    price, reason = prices_of_two(tmp_path / "prices")
+    assert reason == f"{NOT_MEASURED}no such operator"
+    calls, exporter.cause = exporter.calls, None
+    assert prices_of_two(tmp_path / "prices") == [price, "no such operator"]
+    assert exporter.calls > calls
+
+
+def test_a_full_disk_ends_the_run_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = Exporter(monkeypatch)
+    exporter.error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space"):
+        prices_of_two(tmp_path / "prices")
+    assert PriceCache(tmp_path / "prices").summary() == ()
 
 
 def test_linear_layers_stand_alone(tmp_path: Path) -> None:
@@ -120,7 +179,7 @@ def test_blocks_in_litert(tmp_path: Path) -> None:
     uneven = replace(DENSE, form=ChainSum((Chain((replace(SPEC.as_factor(), groups=5),)),)))
     blocks = (SEPARABLE, uneven, UNBUILDABLE, replace(SHUFFLED, lowering=("shuffle_channels_last",)))
     *paths, reason, last = write_block_files(blocks, tmp_path, Format.TFLITE, Precision.INT8)
-    assert "ends in a convolution" in reason
+    assert "ends in a convolution" in reason.reason
     for path, block in zip((*paths, last), (SEPARABLE, uneven, SHUFFLED), strict=True):
         session = open_session(path, is_channels_last=True)
         (output,) = session.predict(example_of(block).numpy())
@@ -129,7 +188,9 @@ def test_blocks_in_litert(tmp_path: Path) -> None:
     assert Path(last).stat().st_size < (tmp_path / "common.int8.tflite").stat().st_size / 2
 
 
-def test_prices_of_real_blocks(onnx_files: dict[Precision, list[Path | str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prices_of_real_blocks(
+    onnx_files: dict[Precision, list[Path | Unpriced]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(block_files, "write_block_files", lambda *args: onnx_files[Precision.INT8][:3])
     target = find_target("ort", Precision.INT8, 1)
     reason, price = target.measure(DENSE, [UNBUILDABLE, SEPARABLE], seconds=0.01, seed=0, progress=Silent())
@@ -138,7 +199,8 @@ def test_prices_of_real_blocks(onnx_files: dict[Precision, list[Path | str]], mo
     assert price.difference_low <= price.difference <= price.difference_high
     assert (price.unit, price.method) == (target.unit, target.method) == ("ms", Method.WALL_CLOCK)
     assert price.repeats >= 24
-    assert "ends in a convolution" in reason
+    assert "ends in a convolution" in reason.reason
+    assert reason.is_lasting
 
 
 def test_prices_go_to_their_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -149,13 +211,14 @@ def test_prices_go_to_their_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         def set_random_input(self, seed: int) -> None:
             assert seed == 7
             if self.path.name == "fails":
-                raise ToolError("it fails to run")
+                raise ToolError("it fails to run") from MemoryError()
 
     def timed(reference: Session, others: Sequence[Session], *, seconds: float, seed: int) -> list[Difference]:
         assert (reference.path.name, seconds, seed) == ("dense", 0.5, 7)
         return [Difference(ms, 9.0, ms - 9, ms - 9.5, ms - 8.5, 24) for ms in (float(o.path.name) for o in others)]
 
-    files: list[Path | str] = [Path("dense"), Path("1"), "not exported", Path("fails"), Path("2")]
+    refused = Unpriced("not exported", is_lasting=True)
+    files: list[Path | Unpriced] = [Path("dense"), Path("1"), refused, Path("fails"), Path("2")]
     monkeypatch.setattr(block_files, "write_block_files", lambda *args: files)
     monkeypatch.setattr("sepdeploy.bench.session.open_session", lambda path, **options: Opened(path))
     monkeypatch.setattr("sepdeploy.bench.differences.measure_differences", timed)
@@ -163,10 +226,10 @@ def test_prices_go_to_their_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     first, *reasons, last = target.measure(DENSE, [SEPARABLE] * 4, seconds=0.5, seed=7, progress=Silent())
     assert first == Price(1.0, 9.0, -8.0, -8.5, -7.5, "ms", 24, Method.WALL_CLOCK)
     assert last.value == 2.0
-    assert reasons == ["not exported", "it fails to run"]
-    files[0] = "too large"
+    assert reasons == [refused, Unpriced("it fails to run", is_lasting=False)]
+    files[0] = Unpriced("too large", is_lasting=True)
     assert set(target.measure(DENSE, [SEPARABLE] * 4, seconds=0.5, seed=7, progress=Silent())) == {
-        "the layer as it is cannot be measured: too large"
+        Unpriced("the layer as it is cannot be measured: too large", is_lasting=True)
     }
 
 

@@ -12,6 +12,7 @@ from sepdeploy.analyze.flow_graph import capture_graph
 from sepdeploy.analyze.trace import trace_network
 from sepdeploy.bench.session import open_session
 from sepdeploy.core.int8 import Int8Options
+from sepdeploy.core.onnx_steps import output_steps
 from sepdeploy.export.onnx import export_onnx
 from sepdeploy.export.tflite import export_tflite
 from sepdeploy.passes.equalize_channels import equalize_channels
@@ -20,7 +21,6 @@ from sepdeploy.quantize.agreement import (
     affines_of_onnx,
     affines_of_tflite,
     agreement_ratio,
-    output_steps,
     simulation_of_file,
 )
 from sepdeploy.quantize.file_ranges import match_places

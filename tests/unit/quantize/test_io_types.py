@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sepdeploy.bench.session import open_session
+from sepdeploy.core.onnx_steps import output_steps
 from sepdeploy.export.onnx import export_onnx
 from sepdeploy.export.tflite import export_tflite
-from sepdeploy.quantize.agreement import output_steps
 from sepdeploy.quantize.onnx_qdq import quantize_onnx
 from sepdeploy.quantize.tflite_int8 import quantize_tflite
 

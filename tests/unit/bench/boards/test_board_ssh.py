@@ -78,7 +78,11 @@ def test_blocks_are_compared_there(board, ssh_boards, onnx_file, tmp_path):
     same, wrong = run_on_board(board("native"), Work("differences", models, seconds=0.01), OPTIONS).outcome
     assert same["low_ms"] <= same["difference_ms"] <= same["high_ms"]
     assert same["reference_ms"] > 0
-    assert "onnxruntime cannot load model-2.onnx" in wrong
+    assert "onnxruntime cannot load model-2.onnx" in wrong["reason"]
+    assert wrong["is_lasting"]
+    models = (models[2], models[0])
+    (wrong,) = run_on_board(board("native"), Work("differences", models, seconds=0.01), OPTIONS).outcome
+    assert wrong["is_of_reference"]
 
 
 def test_file_names_never_reach_a_shell(bench, ssh_boards, onnx_file, tmp_path, monkeypatch, capsys):
