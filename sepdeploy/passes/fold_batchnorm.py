@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sepdeploy.errors import ContractError
+from sepdeploy.passes.convolve_batchnorms import ConvolvedNorm
 from sepdeploy.passes.replace_convs import copy_network, replace_modules
 from sepdeploy.schemes.module import ChainConv2d, batchnorm_affine
 
@@ -53,6 +54,7 @@ def unfold_batchnorm(network: nn.Module, folded: nn.Module, pairs: Mapping[str, 
     """A copy of `network`, batch norms and all, that computes what a folded version of it computes.
 
     The weights are those of `folded`; each norm becomes an identity, but for the bias where its convolution has none.
+    Norms that `convolve_batchnorms` wrote as convolutions get their weights.
 
     Args:
         network: As it was before `fold_batchnorm`, in eval mode.
@@ -64,7 +66,7 @@ def unfold_batchnorm(network: nn.Module, folded: nn.Module, pairs: Mapping[str, 
     own = folded.state_dict()
     for name, parameter in copy.named_parameters():
         if name in own:
-            parameter.copy_(own[name])
+            parameter.copy_(own[name].reshape(parameter.shape))  # of a norm that was written as a convolution
     modules = dict(copy.named_modules(remove_duplicate=False))
     for conv_name, norm_name in pairs.items():
         norm = modules[norm_name]
@@ -75,9 +77,29 @@ def unfold_batchnorm(network: nn.Module, folded: nn.Module, pairs: Mapping[str, 
             shift += parts[conv_name].bias
         norm.running_var.fill_(1 - norm.eps)
         norm.running_mean.zero_()
-        if norm.affine:
-            norm.weight.fill_(1)
-            norm.bias.copy_(shift)
+        own_weight, own_bias = (norm._parameters.get(part) for part in ("weight", "bias"))
+        if own_weight is not None:
+            own_weight.fill_(1)
+        if own_bias is not None:
+            own_bias.copy_(shift)
         else:
             norm.running_mean.copy_(-shift)
+    for name, part in parts.items():
+        if isinstance(part, ConvolvedNorm):
+            _take_back(modules[name], part)
     return copy
+
+
+def _take_back(norm: nn.Module, convolved: ConvolvedNorm) -> None:
+    """Let a norm, which has got the convolution's weights where it has weights, compute what the convolution does.
+
+    Without weights it has a positive factor only; those that int8 changes stay positive.
+    """
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+        raise ContractError("what was written as a convolution is no batch norm with statistics")
+    norm.running_var.fill_(1 - norm.eps)
+    norm.running_mean.zero_()
+    if not norm.affine:
+        scale, shift = convolved.affine()
+        norm.running_var.copy_(scale**-2 - norm.eps)
+        norm.running_mean.copy_(-shift / scale)

@@ -106,7 +106,7 @@ def deploy(
             continue
         int8_lowering = int8_lowerings[file_format]
         source = float_path
-        if int8_lowering != lowering or prepared.record.is_changed:
+        if int8_lowering != lowering or prepared.record.has_own_source:
             source = store.work / f"int8_source.{role.value}.{file_format.value}"
             maker.export(file_format, source, int8_lowering)
         is_mixed = mixer is not None and options.is_target_file(file_format, Precision.INT8)
