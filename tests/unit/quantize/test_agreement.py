@@ -148,7 +148,7 @@ def test_what_is_joined_has_one_scale_in_both_files(calibration, validation, tmp
 
 
 class PreActivation(nn.Module):
-    """Norms that no convolution precedes; one of its channels is all but dead, one has a factor of 0."""
+    """Norms that no convolution precedes, channels with a factor of 0 or nearly so, and a SiLU."""
 
     def __init__(self):
         super().__init__()
@@ -167,10 +167,10 @@ class PreActivation(nn.Module):
     def forward(self, x):
         x = self.first(x)
         y = self.last(x + self.block(self.norm(x).relu()))
-        return self.head(self.dead(self.joined(torch.cat([x, y], 1)).relu()).relu().mean((2, 3)))
+        return self.head(nn.functional.silu(self.dead(self.joined(torch.cat([x, y], 1)).relu())).mean((2, 3)))
 
 
-def test_norms_without_convolutions_and_dead_channels_are_the_same_in_both_files(calibration, validation, tmp_path):
+def test_lone_norms_dead_channels_and_sigmoids_inside_are_the_same_in_both_files(calibration, validation, tmp_path):
     pytest.importorskip("litert_torch", reason="needs sepdeploy[tflite]")
     torch.manual_seed(0)
     net = PreActivation().eval()
