@@ -9,17 +9,19 @@ each channel has a single one and a scale of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
+from sepdeploy.analyze.flow_graph import operator
 from sepdeploy.analyze.trace import is_plain_batchnorm
 from sepdeploy.errors import ContractError
 from sepdeploy.passes.replace_convs import replace_modules
 from sepdeploy.schemes.module import ChainConv2d, batchnorm_affine
 
-__all__ = ["ConvolvedNorm", "convolve_batchnorms", "lone_batchnorms"]
+__all__ = ["ConvolvedNorm", "convolve_batchnorms", "lone_batchnorms", "norms_behind_layers"]
 
 
 class ConvolvedNorm(nn.Conv2d):
@@ -64,7 +66,7 @@ def lone_batchnorms(network: nn.Module, example: Tensor) -> tuple[str, ...]:
         network: In eval mode, the norms behind convolutions folded.
         example: One image, (1, ...).
     """
-    owners = Counter(id(weight) for module in network.modules() for weight in module.parameters(recurse=False))
+    owners = _weight_owners(network)
     inside = {id(part) for chain in network.modules() if isinstance(chain, ChainConv2d) for part in chain.modules()}
     names = {
         name: module
@@ -83,6 +85,44 @@ def lone_batchnorms(network: nn.Module, example: Tensor) -> tuple[str, ...]:
         for hook in hooks:
             hook.remove()
     return tuple(name for name, module in names.items() if id(module) in ran)
+
+
+def norms_behind_layers(network: nn.Module, names: Collection[str], graph: GraphModule) -> dict[str, str]:
+    """Layer -> the norm that alone reads it, which `fold_batchnorm` may have instead.
+
+    Linear layers, 1-d and transposed convolutions; Conv2d layers have theirs from the trace.
+
+    Args:
+        network: In eval mode.
+        names: Norms as `lone_batchnorms` gives them.
+        graph: Of the network (`capture_graph`).
+    """
+    modules, owners = dict(network.named_modules()), _weight_owners(network)
+    found = {}
+    for node in graph.graph.nodes:
+        if "batch_norm" not in operator(node):
+            continue
+        before, statistics = node.args[0], node.args[3]
+        if operator(before) not in ("linear", "conv1d", "conv_transpose2d"):
+            continue
+        layer, norm = _owner(before.args[1]), _owner(statistics)
+        if norm not in names or not isinstance(modules.get(layer), nn.Linear | nn.Conv1d | nn.ConvTranspose2d):
+            continue
+        is_alone = len(before.users) == len(before.args[1].users) == len(statistics.users) == 1
+        is_by_channel = operator(before) != "linear" or before.meta["val"].dim() == 2
+        if is_alone and is_by_channel and all(owners[id(weight)] == 1 for weight in modules[layer].parameters()):
+            found[layer] = norm
+    return found
+
+
+def _owner(node: object) -> str:
+    """Name of the module whose weight a node is; empty where it is none."""
+    return str(node.target).rpartition(".")[0] if isinstance(node, Node) and node.op == "get_attr" else ""
+
+
+def _weight_owners(network: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by id."""
+    return Counter(id(weight) for module in network.modules() for weight in module.parameters(recurse=False))
 
 
 @torch.no_grad()

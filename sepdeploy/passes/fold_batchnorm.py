@@ -1,11 +1,11 @@
-"""Fold batch norms into the convolutions before them, exact in inference."""
+"""Fold batch norms into the convolutions and linear layers before them, exact in inference."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sepdeploy.errors import ContractError
 from sepdeploy.passes.convolve_batchnorms import ConvolvedNorm
@@ -17,14 +17,14 @@ __all__ = ["fold_batchnorm", "unfold_batchnorm"]
 
 @torch.no_grad()
 def fold_batchnorm(model: nn.Module, pairs: Mapping[str, str]) -> tuple[str, ...]:
-    """Scale each convolution as its batch norm would, and put an identity in the norm's place; in place.
+    """Scale each layer as its batch norm would, and put an identity in the norm's place; in place.
 
     y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is the convolution with every output channel scaled by
     gamma / sqrt(var + eps), plus a bias.
 
     Args:
         model: The network, in eval mode.
-        pairs: Convolution name -> name of the batch norm that alone reads it (`ConvSite.norm`).
+        pairs: Layer name -> name of the batch norm that alone reads it (`ConvSite.norm`, `norms_behind_layers`).
 
     Returns:
         Names of the norms that are gone.
@@ -33,20 +33,28 @@ def fold_batchnorm(model: nn.Module, pairs: Mapping[str, str]) -> tuple[str, ...
     folded: dict[str, nn.Module] = {}
     for conv_name, norm_name in pairs.items():
         conv, norm = modules[conv_name], modules[norm_name]
-        if not isinstance(norm, nn.BatchNorm2d):
-            raise ContractError(f"{norm_name} is no BatchNorm2d")
+        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            raise ContractError(f"{norm_name} is no batch norm")
         scale, shift = batchnorm_affine(norm)
         if isinstance(conv, ChainConv2d):
             conv.scale_outputs(scale, shift)
-        elif isinstance(conv, nn.Conv2d):
+        elif isinstance(conv, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             bias = shift if conv.bias is None else conv.bias.double() * scale + shift
-            conv.weight.mul_(scale.to(conv.weight.dtype)[:, None, None, None])
+            _scale_outputs(conv, scale.to(conv.weight.dtype))
             conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
         else:
-            raise ContractError(f"{conv_name} is no convolution")
+            raise ContractError(f"{conv_name} is no convolution and no linear layer")
         folded[norm_name] = nn.Identity()
     replace_modules(model, folded)
     return tuple(folded)
+
+
+def _scale_outputs(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear, scale: Tensor) -> None:
+    if isinstance(layer, nn.ConvTranspose2d):  # (I, O / groups, ...)
+        for weight, part in zip(layer.weight.chunk(layer.groups), scale.chunk(layer.groups), strict=True):
+            weight.mul_(part[:, None, None])
+    else:
+        layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))
 
 
 @torch.no_grad()
@@ -70,8 +78,12 @@ def unfold_batchnorm(network: nn.Module, folded: nn.Module, pairs: Mapping[str, 
     modules = dict(copy.named_modules(remove_duplicate=False))
     for conv_name, norm_name in pairs.items():
         norm = modules[norm_name]
-        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
-            raise ContractError(f"{norm_name} is no BatchNorm2d with statistics")
+        if (
+            not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+            or norm.running_mean is None
+            or norm.running_var is None
+        ):
+            raise ContractError(f"{norm_name} is no batch norm with statistics")
         shift = torch.zeros_like(norm.running_mean)
         if modules[conv_name].bias is None:
             shift += parts[conv_name].bias

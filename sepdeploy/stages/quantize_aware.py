@@ -102,7 +102,7 @@ def train_for_int8(
     pairs = {site.name: site.norm for site in traced.sites if site.norm is not None}
     folded = copy_network(network).eval()
     fold_batchnorm(folded, pairs)
-    folded, _ = without_lone_norms(folded, inputs.example())  # as their files have it
+    folded, norms = without_lone_norms(folded, inputs.example())  # as its files will be without them
     prepared = prepare_for_int8(options.int8, inputs, traced, folded, options.seed)
     graph = capture_graph(prepared.network, inputs.example())
     student: nn.Module = fake_quantized(graph, {place.name: place.affine for place in prepared.places})
@@ -121,7 +121,9 @@ def train_for_int8(
     )
     _take_over(prepared.network, trained.graph if isinstance(trained, _OneByOne) else trained)
     step = replace(step, name="quantization-aware training")
-    return TrainedForInt8(unfold_batchnorm(network, prepared.network, pairs), step, prepared.places)
+    return TrainedForInt8(
+        unfold_batchnorm(network, prepared.network, pairs | dict(norms.folded)), step, prepared.places
+    )
 
 
 @torch.no_grad()

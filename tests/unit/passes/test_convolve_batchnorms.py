@@ -6,11 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from sepdeploy.analyze.flow_graph import capture_graph
 from sepdeploy.core.chain import Chain, ChainSum, Factor
 from sepdeploy.core.conv import ConvSpec
 from sepdeploy.errors import ContractError
-from sepdeploy.passes.convolve_batchnorms import ConvolvedNorm, convolve_batchnorms, lone_batchnorms
-from sepdeploy.passes.fold_batchnorm import unfold_batchnorm
+from sepdeploy.passes.convolve_batchnorms import (
+    ConvolvedNorm,
+    convolve_batchnorms,
+    lone_batchnorms,
+    norms_behind_layers,
+)
+from sepdeploy.passes.fold_batchnorm import fold_batchnorm, unfold_batchnorm
 from sepdeploy.schemes.module import ChainConv2d
 
 
@@ -102,3 +108,50 @@ def test_trained_convolutions_go_back_into_their_norms(affine, kind):
     assert found.state_dict().keys() == net.state_dict().keys()
     assert torch.allclose(found(x), changed(x), atol=1e-5)
     assert not torch.allclose(found(x), net(x), atol=1e-3)
+
+
+class Behind(nn.Module):
+    """Norms behind linear layers and other convolutions, of which the last three must stay apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.rows, self.flat = (
+            nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False),
+            nn.Conv1d(6, 5, 1),
+            nn.Flatten(),
+        )
+        self.linear, self.tokens, self.twice = nn.Flatten(), nn.Linear(35, 3), nn.Linear(7, 7), nn.Linear(7, 5)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(6), *(nn.BatchNorm1d(n) for n in (5, 3, 5, 5))])
+        for norm in self.norms:
+            trained(norm)
+
+    def forward(self, x):
+        x = self.norms[1](self.rows(self.norms[0](self.up(x)).flatten(2).relu())[:, :, :7])
+        y = self.norms[3](self.tokens(x))  # by token, not by what the layer makes
+        z = self.twice(y.mean(1))
+        return self.norms[2](self.linear(self.flat(y))), self.norms[4](z) + z
+
+
+@torch.no_grad()
+def test_norms_behind_other_layers_are_folded_and_unfolded():
+    torch.manual_seed(0)
+    net, x = Behind().eval(), torch.randn(2, 4, 3, 2)
+    names = lone_batchnorms(net, x)
+    assert len(names) == 5
+    pairs = norms_behind_layers(net, names, capture_graph(net, x))
+    assert pairs == {"up": "norms.0", "linear": "norms.2"}  # of `rows` a slice is read, and not the whole
+    folded = copy.deepcopy(net)
+    fold_batchnorm(folded, pairs)
+    assert isinstance(folded.norms[0], nn.Identity)
+    convolve_batchnorms(folded, [name for name in names if name not in pairs.values()])
+    for weight in folded.parameters():
+        weight.mul_(1.1)
+    unfolded = unfold_batchnorm(net, folded, pairs)
+    assert unfolded.state_dict().keys() == net.state_dict().keys()
+    for output, expected, other in zip(unfolded(x), folded(x), net(x), strict=True):
+        assert torch.allclose(output, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(output, other, atol=1e-2)
+    fresh = copy.deepcopy(net)
+    fold_batchnorm(fresh, pairs)
+    for output, expected in zip(fresh(x), net(x), strict=True):
+        assert torch.allclose(output, expected, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ from sepdeploy.data.images import open_images
 from sepdeploy.errors import UnsupportedModelError, UsageError
 from sepdeploy.planning.evaluate import tensor_batches
 from sepdeploy.quantize.simulate import fake_quantized
-from sepdeploy.stages.int8 import prepare_for_int8, without_lone_norms
+from sepdeploy.stages.int8 import LoneNorms, prepare_for_int8, without_lone_norms
 from sepdeploy.stages.load import Inputs
 from sepdeploy.stages.numerics import fold_network
 from sepdeploy.stages.quantize_aware import qat_options, require_simulation, train_for_int8
@@ -48,14 +48,15 @@ class PreActivation(nn.Module):
         super().__init__()
         self.stem, self.second, self.linear = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
         self.inner, self.norm, self.last = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
-        for norm in (self.inner, self.norm, self.last):
+        self.flat = nn.BatchNorm1d(4)
+        for norm in (self.inner, self.norm, self.last, self.flat):
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2)
 
     def forward(self, x):
         x = self.stem(x)
         x = x + self.inner(self.second(self.norm(x).relu()))
-        return self.linear(self.last(x).relu().mean((2, 3)))
+        return self.flat(self.linear(self.last(x).relu().mean((2, 3))))
 
 
 class ByValue(Awkward):
@@ -113,7 +114,7 @@ def test_norms_without_a_convolution_before_them_are_trained_as_their_files_have
     assert not torch.equal(trained.network.norm.weight, student.norm.weight)
     folded = fold_network(trained.network, traced, next(images.batches(4))[0])
     written, norms = without_lone_norms(folded, inputs.example())  # as `deploy` does
-    assert norms == ("norm", "last")
+    assert norms == LoneNorms({"linear": "flat"}, ("norm", "last"))
     settled = {place.name: place.affine for place in trained.places}
     prepared = prepare_for_int8(PLAIN, inputs, traced, written, 0, settled)
     assert {place.name: place.affine for place in prepared.places} == settled
