@@ -20,7 +20,7 @@ from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.measurement import Measured
 from sepdeploy.core.options import ConvertOptions, MovedInputs, require_own_training, target_format
 from sepdeploy.core.pareto import FrontPoint
-from sepdeploy.core.plan import Plan
+from sepdeploy.core.plan import Plan, Reason
 from sepdeploy.core.progress import Progress, Silent
 from sepdeploy.core.report import ArtifactResult, Report
 from sepdeploy.core.selection import Selection
@@ -33,10 +33,9 @@ from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channe
 from sepdeploy.planning.target import find_target
 from sepdeploy.schemes.scheme import find_scheme
 from sepdeploy.stages.after_transfer import given_hook, recover_without_labels, require_training, train_network
-from sepdeploy.stages.attempts import AttemptFile, first_attempt, limit_options, next_attempt, without_recovery
+from sepdeploy.stages.attempts import Attempts, first_attempt, limit_options
 from sepdeploy.stages.deploy import deploy
 from sepdeploy.stages.design import check_design_folder, write_design
-from sepdeploy.stages.fault import is_beyond_transfer
 from sepdeploy.stages.finish import discard_results, finish_bundle, measure_drops
 from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard, trace
 from sepdeploy.stages.inspect_model import inspect_model
@@ -119,11 +118,17 @@ def _convert(
     is_trained = inputs.train is not None or hook is not None
     weighed = sha256_of_file(store.work / "selection.json") if options.selects else None
     basis = {**inputs.network_key(), **limit_options(options, inputs, hook), "weighed": weighed}
-    file = AttemptFile(store.work / "limit.json", basis)
     is_known = hook is None or hook.key is not None  # two closures of one name may do different things
-    attempt = (file.read() if is_known else None) or first_attempt(options, is_trained=is_trained)
-    while True:
+    promise = options.max_drop_points
+    attempts = Attempts(store, basis, first_attempt(options, is_trained=is_trained), promise, resumes=is_known)
+    goes_on = True
+    while goes_on:
+        attempt = attempts.present
         plan, network, guard = planned(attempt.limit_points)
+        cost = _plan_cost(options, plan, guard, traced)
+        if not attempt.is_worth(cost):
+            attempts.go_back()
+            continue
         recovery = Recovery(store, store.folder, options, inputs, traced, plan, progress, Processes())
         untrained = recover_without_labels(
             recovery, options, Recovered(TRANSFERRED, network), is_recovering=attempt.is_recovering
@@ -133,23 +138,35 @@ def _convert(
             is_aware = options.training.is_quantization_aware
             last = train_network(recovery, inputs, untrained, hook, is_quantization_aware=is_aware)
         recovery.finish(last)
-        promise = options.max_drop_points
         if promise is None or attempt.is_last or (options.selects and options.selection.has_limit):
             break
-        following = None
-        if plan.replaced:
-            drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
-            if drops.file > promise and not is_beyond_transfer(promise, drops):
-                following = next_attempt(attempt, promise, guard.quality.drop_points, drops.file)
-        elif attempt.is_recovering and guard.limit_points is not None and guard.limit_points < promise:
-            following = without_recovery(promise)  # tightened until nothing was left
-        if following is None:
-            break
-        attempt = following
-        file.write(attempt)
-    file.write(replace(attempt, is_last=True))
+        if not plan.replaced:
+            goes_on = attempts.after_nothing(guard)
+            continue
+        drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
+        if drops.file > promise:
+            goes_on = attempts.after_failure(guard, drops)
+        else:  # a hook's training is not repeated for more
+            goes_on = hook is None and _can_grow(plan, guard) and attempts.after_success(guard, drops, cost)
+    attempts.finish()
     record = RunRecord(absolute_options(options, inputs.architecture), untrained.name)
     return finish_bundle(store, options, inputs, traced, plan, guard, last, evaluator, record, progress)
+
+
+def _plan_cost(options: ConvertOptions, plan: Plan, guard: GuardRecord, traced: Trace) -> float:
+    """What a plan costs, in what it was chosen to make small: predicted latency, parameters or MACs."""
+    goal = options.selection.goal if options.selects else "macs"
+    if goal == "latency" and guard.selection is not None:
+        return guard.selection.predicted_cost
+    if goal == "params":
+        return traced.total_params - sum(traced.site(name).params - c.params for name, c in plan.replaced.items())
+    return traced.total_macs - sum(traced.site(name).macs - c.macs for name, c in plan.replaced.items())
+
+
+def _can_grow(plan: Plan, guard: GuardRecord) -> bool:
+    """Whether a looser limit may lead to another plan."""
+    limited = {Reason.EXCEEDS_MAX_DROP, Reason.NOT_TRIED}
+    return guard.selection is not None or any(kept.reason in limited for kept in plan.kept.values())
 
 
 def _planner(

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
-from sepdeploy.core.files import output_error, remove_temporaries, sha256_of_bytes, sha256_of_file, write_text
+from sepdeploy.core.files import (
+    output_error,
+    remove_temporaries,
+    replacing,
+    sha256_of_bytes,
+    sha256_of_file,
+    write_text,
+)
 from sepdeploy.errors import UsageError
 
 __all__ = ["StageStore", "locked", "require_usable"]
@@ -16,6 +24,7 @@ __all__ = ["StageStore", "locked", "require_usable"]
 _WORK = "work"
 _RECORD = "stages.json"
 _LOCK = "lock"
+_ASIDE = "aside"
 
 
 class StageStore:
@@ -33,7 +42,7 @@ class StageStore:
         self.folder = folder
         self.work = folder / _WORK
         self._on_change: Callable[[], None] | None = on_change
-        self._records: dict[str, dict[str, object]] = self._read()
+        self._records = _read_records(self.work / _RECORD)
         self._write()
 
     def before_change(self) -> None:
@@ -75,20 +84,70 @@ class StageStore:
         record = self._records.get(name)
         return record is not None and record.get("files") == self._hashes(files)
 
+    def set_aside(self) -> None:
+        """Remember what the stages have made up to now, for `bring_back`; it takes no space until it changes."""
+        self.forget_aside()
+        for name in self._files():
+            _link(self.folder / name, self._aside / name)
+        write_text(self._aside / _RECORD, json.dumps(self._records))
+
+    def bring_back(self) -> None:
+        """Undo what changed since `set_aside`; where that was lost, the stages make it anew."""
+        records = _read_records(self._aside / _RECORD)
+        if not records:
+            return
+        self.before_change()
+        self._records = records
+        for name in self._files():
+            _link(self._aside / name, self.folder / name)
+        self._write()
+
+    def forget_aside(self) -> None:
+        """Remove what was set aside."""
+        if self._aside.exists():
+            try:
+                shutil.rmtree(self._aside)
+            except OSError as error:
+                raise output_error(self._aside, error) from error
+
+    @property
+    def _aside(self) -> Path:
+        return self.work / _ASIDE
+
+    def _files(self) -> Iterator[PurePosixPath]:
+        """Everything that the stages made, relative to the bundle; records that point elsewhere are not followed."""
+        for record in self._records.values():
+            files = record.get("files")
+            names = (PurePosixPath(name) for name in (files if isinstance(files, dict) else ()))
+            yield from (name for name in names if not name.is_absolute() and ".." not in name.parts)
+
     def _hashes(self, files: tuple[Path, ...]) -> dict[str, str | None]:
         return {
             file.relative_to(self.folder).as_posix(): sha256_of_file(file) if file.is_file() else None for file in files
         }
 
-    def _read(self) -> dict[str, dict[str, object]]:
-        try:
-            data = json.loads((self.work / _RECORD).read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return {k: v for k, v in data.items() if isinstance(v, dict)} if isinstance(data, dict) else {}
-
     def _write(self) -> None:
         write_text(self.work / _RECORD, json.dumps(self._records, indent=1) + "\n")
+
+
+def _read_records(path: Path) -> dict[str, dict[str, object]]:
+    """Stage -> what is known about it; nothing where the file is missing or cut off."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {k: v for k, v in data.items() if isinstance(v, dict)} if isinstance(data, dict) else {}
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system has no links; a missing one stays so."""
+    if not source.is_file():
+        return
+    with replacing(target) as temporary:
+        try:
+            temporary.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def _key(inputs: Mapping[str, object]) -> str:

@@ -5,6 +5,9 @@ training win points back, int8 loses some. So the first limit is `--max-drop` pl
 next one is tighter by what the file lost too much. If recovery has not kept the promise after four attempts, three if
 each means another training, the guard does what it would have done without it: a promise that can be kept without
 recovery is not broken by trying.
+
+Where recovery keeps the promise with room to spare, one looser limit is tried too, between this one and those that
+broke it. What it has to beat is set aside meanwhile, and brought back if it does not.
 """
 
 from __future__ import annotations
@@ -15,16 +18,56 @@ from pathlib import Path
 from sepdeploy.core.codec import read_json, to_data, write_json
 from sepdeploy.core.files import sha256_of_file
 from sepdeploy.core.options import ConvertOptions
-from sepdeploy.errors import UsageError
+from sepdeploy.core.report import Drops
+from sepdeploy.core.stage_store import StageStore
+from sepdeploy.errors import ContractError, UsageError
+from sepdeploy.stages.fault import is_beyond_transfer
+from sepdeploy.stages.guard import GuardRecord
 from sepdeploy.stages.load import Inputs
 from sepdeploy.stages.versions import versions
 from sepdeploy.train.hooks import Hook
 
-__all__ = ["Attempt", "AttemptFile", "first_attempt", "limit_options", "next_attempt", "without_recovery"]
+__all__ = [
+    "Attempt",
+    "AttemptFile",
+    "Attempts",
+    "Held",
+    "first_attempt",
+    "limit_options",
+    "looser_attempt",
+    "next_attempt",
+    "without_recovery",
+]
 
 _MAX_TIGHTENINGS = 2
 _MAX_TIGHTENINGS_OF_RECONSTRUCTION = 3
 """The last one counts on nothing, so one more lets the estimate follow the network; reconstruction takes minutes."""
+
+_FULL_RATIO = 0.8
+_FULL_RATIO_OF_TRAINING = 0.5
+"""Share of the promise below which there is room to spare: less of it where looking for more means another training."""
+
+_AIM_RATIO = 0.95
+"""Share of the promise that a looser limit aims at."""
+
+_LEAST_LOSS_RATIO = 0.2
+"""Share of the promise that a network is taken to lose at least: none wins by being replaced more and more."""
+
+_WORTH_RATIO = 0.97
+"""Cost of a looser plan as a share of the one that it has to beat, above which it is not worth another recovery."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An attempt that kept the promise, while a looser one is tried.
+
+    Attributes:
+        limit_points: Its limit.
+        cost: Of its plan, in what the plan was chosen for: predicted latency, MACs, ...
+    """
+
+    limit_points: float
+    cost: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +81,8 @@ class Attempt:
         most_tightenings: How often it may be.
         is_last: Whether its result stands, whatever it is.
         recovering_limit_points: Limit of the last attempt with recovery, once that was given up.
+        broken_points: Least that a network lost when the guard measured it and that broke the promise in the end.
+        held: What is handed over if this attempt fails; None unless a looser limit is tried.
     """
 
     limit_points: float | None
@@ -46,6 +91,18 @@ class Attempt:
     most_tightenings: int = _MAX_TIGHTENINGS
     is_last: bool = False
     recovering_limit_points: float | None = None
+    broken_points: float | None = None
+    held: Held | None = None
+
+    def is_worth(self, cost: float) -> bool:
+        """Whether a plan of this cost is worth another recovery."""
+        return self.held is None or cost < _WORTH_RATIO * self.held.cost
+
+    def back(self) -> Attempt:
+        """To what kept the promise, which is final."""
+        if self.held is None:
+            raise ContractError("there is nothing to go back to")
+        return replace(self, limit_points=self.held.limit_points, held=None, is_last=True)
 
 
 def first_attempt(options: ConvertOptions, *, is_trained: bool) -> Attempt:
@@ -78,13 +135,42 @@ def next_attempt(
             if attempt.tightenings == attempt.most_tightenings - 1:
                 limit = min(limit, max_drop_points)
         limit = max(limit, 0.0)
-        return replace(attempt, limit_points=limit, tightenings=attempt.tightenings + 1)
+        broken = min(guard_drop_points, attempt.broken_points or guard_drop_points)
+        return replace(attempt, limit_points=limit, tightenings=attempt.tightenings + 1, broken_points=broken)
     if attempt.is_recovering:
         return replace(without_recovery(max_drop_points), recovering_limit_points=attempt.limit_points)
     if attempt.recovering_limit_points is not None:
         # Broken either way: then rather with what was won back. Its training is still there, so this costs little.
         return Attempt(attempt.recovering_limit_points, is_recovering=True, is_last=True)
     return None
+
+
+def looser_attempt(
+    attempt: Attempt, max_drop_points: float, guard_drop_points: float, file_drop_points: float, cost: float
+) -> Attempt | None:
+    """What to try after an attempt that kept the promise; None if that is good enough.
+
+    Args:
+        attempt: The one that kept it.
+        max_drop_points: The promise.
+        guard_drop_points: What its network lost when the guard measured it.
+        file_drop_points: What the target's file loses, at most what was promised.
+        cost: Of its plan, as in `Held`.
+    """
+    if not attempt.is_recovering or attempt.is_last or attempt.held is not None or attempt.limit_points is None:
+        return None  # without recovery the guard has filled the limit; and once is enough
+    if max_drop_points == 0:
+        return None
+    is_trained = attempt.most_tightenings < _MAX_TIGHTENINGS_OF_RECONSTRUCTION
+    if file_drop_points > (_FULL_RATIO_OF_TRAINING if is_trained else _FULL_RATIO) * max_drop_points:
+        return None
+    lost = max(file_drop_points, _LEAST_LOSS_RATIO * max_drop_points)
+    limit = max(guard_drop_points, lost) * _AIM_RATIO * max_drop_points / lost
+    if attempt.broken_points is not None:
+        limit = min(limit, (guard_drop_points + attempt.broken_points) / 2)
+    if limit <= attempt.limit_points:
+        return None  # the guard had as much before, and found nothing that would use it
+    return replace(attempt, limit_points=limit, held=Held(attempt.limit_points, cost))
 
 
 def without_recovery(max_drop_points: float) -> Attempt:
@@ -123,6 +209,69 @@ class AttemptFile:
     def write(self, attempt: Attempt) -> None:
         """Remember `attempt`."""
         write_json(self._path, _Remembered(self._inputs, attempt))
+
+
+class Attempts:
+    """The attempts of one conversion, the present one on disk.
+
+    Args:
+        store: Holds what an attempt has made while another is tried.
+        inputs: What the choice of attempts depends on, as JSON data.
+        first: Where to begin, if not where an earlier run with the same inputs was.
+        promise: --max-drop; None if there is none.
+        resumes: Whether an earlier run is gone on from.
+    """
+
+    def __init__(
+        self, store: StageStore, inputs: dict[str, object], first: Attempt, promise: float | None, *, resumes: bool
+    ) -> None:
+        self._store, self._promise = store, promise
+        self._file = AttemptFile(store.work / "limit.json", inputs)
+        self.present = (self._file.read() if resumes else None) or first
+
+    def after_failure(self, guard: GuardRecord, drops: Drops) -> bool:
+        """Whether there is another attempt after one whose file loses more than promised."""
+        promise = self._given_promise()
+        if self.present.held is not None:
+            return self.go_back()
+        if is_beyond_transfer(promise, drops):
+            return False
+        return self._take(next_attempt(self.present, promise, guard.quality.drop_points, drops.file))
+
+    def after_success(self, guard: GuardRecord, drops: Drops, cost: float) -> bool:
+        """Whether a looser limit is worth an attempt after one that kept the promise with a plan of this cost."""
+        looser = looser_attempt(self.present, self._given_promise(), guard.quality.drop_points, drops.file, cost)
+        if looser is not None:
+            self._store.set_aside()
+        return self._take(looser)
+
+    def after_nothing(self, guard: GuardRecord) -> bool:
+        """Whether there is another attempt after one that left nothing to replace."""
+        promise = self._given_promise()
+        is_tightened = guard.limit_points is not None and guard.limit_points < promise
+        return self._take(without_recovery(promise) if self.present.is_recovering and is_tightened else None)
+
+    def go_back(self) -> bool:
+        """Bring back what kept the promise; True, for that is one more attempt."""
+        self._store.bring_back()
+        return self._take(self.present.back())
+
+    def finish(self) -> None:
+        """The present attempt stands."""
+        self._store.forget_aside()
+        self._file.write(replace(self.present, is_last=True))
+
+    def _take(self, attempt: Attempt | None) -> bool:
+        if attempt is None:
+            return False
+        self.present = attempt
+        self._file.write(attempt)
+        return True
+
+    def _given_promise(self) -> float:
+        if self._promise is None:
+            raise ContractError("without a promise there is one attempt")
+        return self._promise
 
 
 def limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -> dict[str, object]:

@@ -16,6 +16,7 @@ from sepdeploy.core.plan import Reason
 from sepdeploy.core.report import Drops, Report
 from sepdeploy.data.images import open_images
 from sepdeploy.errors import UnsupportedModelError
+from sepdeploy.stages import attempts
 
 
 def check_file(report: Report, options, images: str, preprocess=None) -> list[np.ndarray]:
@@ -160,7 +161,7 @@ def test_a_repeated_run_starts_at_the_limit_that_the_first_ended_with(workplace,
     limits = iter([59.0, 58.0])
     monkeypatch.setattr(pipeline, "measure_drops", lambda *_: Drops(file=61.0, network=61.0, original_file=0.0))
     monkeypatch.setattr(
-        pipeline,
+        attempts,
         "next_attempt",
         lambda attempt, *_: replace(attempt, limit_points=limit) if (limit := next(limits, None)) else None,
     )

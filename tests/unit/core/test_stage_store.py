@@ -1,5 +1,6 @@
 import pytest
 
+from sepdeploy.core.files import write_text
 from sepdeploy.core.stage_store import StageStore, locked, require_usable
 from sepdeploy.errors import UsageError
 
@@ -21,7 +22,7 @@ class Bundle:
             if fails:
                 raise UsageError("no")
             self.store.before_change()
-            path.write_text(text)
+            write_text(path, text)  # as every stage does: what was set aside may be the same file
 
         return self.store.run(name, {"text": text}, (path,), make)
 
@@ -113,3 +114,54 @@ def test_lock_removes_what_killed_runs_left_and_nothing_else(tmp_path):
     with locked(tmp_path):
         assert not list(tmp_path.rglob(".*"))
         assert len(list(tmp_path.rglob("model.tmp.onnx"))) == 4
+
+
+def test_what_was_set_aside_comes_back_with_its_record(tmp_path):
+    bundle = Bundle(tmp_path)
+    bundle.run("a")
+    bundle.run("same", name="other", file="work/other")
+    bundle.store.set_aside()
+    bundle.run("b")
+    bundle.run("new", name="later", file="later")
+    bundle.store.bring_back()
+    assert (tmp_path / "result").read_text() == "a"
+    assert not Bundle(tmp_path).run("a")
+    assert not Bundle(tmp_path).run("same", name="other", file="work/other")
+    assert Bundle(tmp_path).run("new", name="later", file="later"), "its record is gone, so it is made anew"
+    bundle.store.forget_aside()
+    assert not (tmp_path / "work" / "aside").exists()
+
+
+def test_a_record_that_points_out_of_the_bundle_is_not_followed(tmp_path):
+    bundle = Bundle(tmp_path / "bundle")
+    (tmp_path / "outside").write_text("theirs")
+    bundle.store._records["bad"] = {"key": "", "files": {"../outside": "", str(tmp_path / "outside"): ""}}
+    bundle.store.set_aside()
+    (tmp_path / "bundle" / "work" / "outside").write_text("ours")
+    bundle.store.bring_back()
+    assert (tmp_path / "outside").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("damage", ["records", "file"])
+def test_what_was_set_aside_and_lost_is_made_anew(tmp_path, damage):
+    bundle = Bundle(tmp_path)
+    bundle.run("a")
+    bundle.store.set_aside()
+    bundle.run("b")
+    (tmp_path / "work" / "aside" / ("stages.json" if damage == "records" else "result")).unlink()
+    bundle.store.bring_back()
+    assert Bundle(tmp_path).run("a")
+    assert (tmp_path / "result").read_text() == "a"
+
+
+def test_without_links_files_are_copied(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", no_links)
+    bundle = Bundle(tmp_path)
+    bundle.run("a")
+    bundle.store.set_aside()
+    bundle.run("b")
+    bundle.store.bring_back()
+    assert not Bundle(tmp_path).run("a")
