@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from sepdeploy.analyze.flow_graph import WEIGHTED, attribute, operator
+from sepdeploy.analyze.flow_graph import attribute
 from sepdeploy.core.int8 import Affine
-from sepdeploy.quantize.simulate import quantized_places, source_place
+from sepdeploy.quantize.simulate import output_axis, quantized_places, source_place
 
 __all__ = ["has_dead_channels", "lift_dead_channels"]
 
@@ -46,13 +46,15 @@ def lift_dead_channels(graph: GraphModule, affines: Mapping[str, Affine]) -> Non
 
 
 def _channels(graph: GraphModule, affines: Mapping[str, Affine]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Weights with the largest magnitude of each channel, (O,), and the least that its bias asks for, (O,)."""
+    """Weights, (O, ...), with each channel's largest magnitude, (O,), and the least that its bias asks for, (O,)."""
     places = {node for node in quantized_places(graph) if node.name in affines}
     for node in graph.graph.nodes:
-        if operator(node) not in WEIGHTED or len(node.args) < 3:
+        axis = output_axis(node)
+        if axis is None or len(node.args) < 3:
             continue
         weight, bias = (attribute(graph, argument) for argument in node.args[1:3])
         source = source_place(node.all_input_nodes[0], places)
         if weight is not None and bias is not None and source is not None:
-            largest = weight.detach().abs().flatten(1).amax(1)
-            yield weight, largest, 127 * bias.detach().abs() / (affines[source.name].scale * _LARGEST_CODE)
+            rows = weight.detach().movedim(axis, 0)
+            step = affines[source.name].scale * _LARGEST_CODE / 127
+            yield rows, rows.abs().flatten(1).amax(1), bias.detach().abs() / step

@@ -115,12 +115,8 @@ class Behind(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up, self.rows, self.flat = (
-            nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False),
-            nn.Conv1d(6, 5, 1),
-            nn.Flatten(),
-        )
-        self.linear, self.tokens, self.twice = nn.Flatten(), nn.Linear(35, 3), nn.Linear(7, 7), nn.Linear(7, 5)
+        self.up, self.rows = nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False), nn.Conv1d(6, 5, 1)
+        self.linear, self.tokens, self.twice = nn.Linear(35, 3), nn.Linear(7, 7), nn.Linear(7, 5)
         self.norms = nn.ModuleList([nn.BatchNorm2d(6), *(nn.BatchNorm1d(n) for n in (5, 3, 5, 5))])
         for norm in self.norms:
             trained(norm)
@@ -129,7 +125,7 @@ class Behind(nn.Module):
         x = self.norms[1](self.rows(self.norms[0](self.up(x)).flatten(2).relu())[:, :, :7])
         y = self.norms[3](self.tokens(x))  # by token, not by what the layer makes
         z = self.twice(y.mean(1))
-        return self.norms[2](self.linear(self.flat(y))), self.norms[4](z) + z
+        return self.norms[2](self.linear(y.flatten(1))), self.norms[4](z) + z
 
 
 @torch.no_grad()
