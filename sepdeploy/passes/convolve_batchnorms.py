@@ -90,7 +90,8 @@ def lone_batchnorms(network: nn.Module, example: Tensor) -> tuple[str, ...]:
 def norms_behind_layers(network: nn.Module, names: Collection[str], graph: GraphModule) -> dict[str, str]:
     """Layer -> the norm that alone reads it, which `fold_batchnorm` may have instead.
 
-    Linear layers, 1-d and transposed convolutions; Conv2d layers have theirs from the trace.
+    Linear layers, 1-d and transposed convolutions; Conv2d layers have theirs from the trace. Transposed ones with
+    groups stay as they are: onnxruntime's quantizer fails at their biases.
 
     Args:
         network: In eval mode.
@@ -110,7 +111,9 @@ def norms_behind_layers(network: nn.Module, names: Collection[str], graph: Graph
             continue
         is_alone = len(before.users) == len(before.args[1].users) == len(statistics.users) == 1
         is_by_channel = operator(before) != "linear" or before.meta["val"].dim() == 2
-        if is_alone and is_by_channel and all(owners[id(weight)] == 1 for weight in modules[layer].parameters()):
+        is_grouped = operator(before) == "conv_transpose2d" and getattr(modules[layer], "groups", 1) > 1
+        is_own = all(owners[id(weight)] == 1 for weight in modules[layer].parameters())
+        if is_alone and is_by_channel and is_own and not is_grouped:
             found[layer] = norm
     return found
 

@@ -50,11 +50,9 @@ def fold_batchnorm(model: nn.Module, pairs: Mapping[str, str]) -> tuple[str, ...
 
 
 def _scale_outputs(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear, scale: Tensor) -> None:
-    if isinstance(layer, nn.ConvTranspose2d):  # (I, O / groups, ...)
-        for weight, part in zip(layer.weight.chunk(layer.groups), scale.chunk(layer.groups), strict=True):
-            weight.mul_(part[:, None, None])
-    else:
-        layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+    """Multiply the weights of each output channel; those of a transposed convolution without groups are (I, O, ...)."""
+    rows = layer.weight.movedim(1, 0) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
+    rows.mul_(scale.reshape(-1, *[1] * (rows.dim() - 1)))
 
 
 @torch.no_grad()

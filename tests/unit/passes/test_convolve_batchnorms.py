@@ -111,17 +111,19 @@ def test_trained_convolutions_go_back_into_their_norms(affine, kind):
 
 
 class Behind(nn.Module):
-    """Norms behind linear layers and other convolutions, of which the last three must stay apart."""
+    """Norms behind linear layers and other convolutions, of which only two can be folded."""
 
     def __init__(self):
         super().__init__()
-        self.up, self.rows = nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False), nn.Conv1d(6, 5, 1)
+        self.up, self.rows = nn.ConvTranspose2d(4, 6, 2, bias=False), nn.Conv1d(6, 5, 1)
         self.linear, self.tokens, self.twice = nn.Linear(35, 3), nn.Linear(7, 7), nn.Linear(7, 5)
-        self.norms = nn.ModuleList([nn.BatchNorm2d(6), *(nn.BatchNorm1d(n) for n in (5, 3, 5, 5))])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(6), *(nn.BatchNorm1d(n) for n in (5, 3, 5, 5)), nn.BatchNorm2d(4)])
+        self.grouped = nn.ConvTranspose2d(4, 4, 1, groups=2)
         for norm in self.norms:
             trained(norm)
 
     def forward(self, x):
+        x = self.norms[5](self.grouped(x))
         x = self.norms[1](self.rows(self.norms[0](self.up(x)).flatten(2).relu())[:, :, :7])
         y = self.norms[3](self.tokens(x))  # by token, not by what the layer makes
         z = self.twice(y.mean(1))
@@ -133,7 +135,7 @@ def test_norms_behind_other_layers_are_folded_and_unfolded():
     torch.manual_seed(0)
     net, x = Behind().eval(), torch.randn(2, 4, 3, 2)
     names = lone_batchnorms(net, x)
-    assert len(names) == 5
+    assert len(names) == 6
     pairs = norms_behind_layers(net, names, capture_graph(net, x))
     assert pairs == {"up": "norms.0", "linear": "norms.2"}  # of `rows` a slice is read, and not the whole
     folded = copy.deepcopy(net)
