@@ -78,10 +78,16 @@ def capture_graph(network: nn.Module, example: Tensor) -> GraphModule:
 
 def _captured(network: nn.Module, batch: Tensor, dynamic_shapes: Any) -> GraphModule:
     with quiet(), torch.no_grad():
-        program = torch.export.export(network, (batch,), dynamic_shapes=dynamic_shapes).run_decompositions({})
+        program = torch.export.export(network, (batch,), dynamic_shapes=dynamic_shapes)
+        program = program.run_decompositions({torch.ops.aten.silu.default: _silu})
         graph: Any = program.module()
     module: GraphModule = graph
     return module
+
+
+def _silu(x: Tensor) -> Tensor:
+    """As the exporters write it down: files have the sigmoid as a tensor of its own."""
+    return x * torch.sigmoid(x)
 
 
 def fixed_batch_size(graph: GraphModule) -> int | None:

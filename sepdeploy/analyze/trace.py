@@ -21,7 +21,7 @@ from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
 from sepdeploy.core.plan import Reason
 from sepdeploy.errors import UnsupportedModelError
 
-__all__ = ["conv_spec", "layer_spec", "output_tensors", "trace_network"]
+__all__ = ["conv_spec", "is_plain_batchnorm", "layer_spec", "output_tensors", "trace_network"]
 
 
 def trace_network(model: nn.Module, example: Tensor, *, includes_linear: bool = False) -> Trace:
@@ -281,10 +281,10 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_plain_batchnorm(module: nn.Module | None) -> bool:
+def is_plain_batchnorm(module: nn.Module | None) -> bool:
     """Whether the module does nothing but scale and shift: some subclasses have an activation inside."""
     return (
-        isinstance(module, nn.BatchNorm2d)
+        isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
         and module.running_mean is not None
         and not module.training
         and not any(_is_overridden(module, nn.BatchNorm2d, method) for method in ("__call__", "forward"))
@@ -306,7 +306,8 @@ def _following_batchnorms(recorder: Recorder, output_ids: set[int]) -> dict[int,
         reader = operation.readers[0] if len(operation.readers) == 1 else None
         if (
             reader is None
-            or not _is_plain_batchnorm(reader)
+            or not isinstance(reader, nn.BatchNorm2d)
+            or not is_plain_batchnorm(reader)
             or id(operation.output) in output_ids
             or found.setdefault(id(conv), reader) is not reader
         ):

@@ -59,7 +59,7 @@ class Int8Options:
                 raise UsageError(f"'{value}' is not one of {', '.join(get_args(choices))}")
 
 
-INT8_RULES = 2
+INT8_RULES = 3
 """Of what has a range, and of what is rounded: results by earlier rules are not taken over."""
 
 PLAIN = Int8Options("minmax", equalizes=False, corrects_bias=False)

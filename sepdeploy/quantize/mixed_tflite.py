@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,14 @@ from sepdeploy.quantize.int8_share import TfliteLayer, tflite_layers
 from sepdeploy.quantize.tflite_io import with_io_type
 
 __all__ = ["mix_tflite"]
+
+_OPERANDS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {
+        **dict.fromkeys(("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"), (0, 1, 2)),
+        "TRANSPOSE_CONV": (2, 1, 3),
+    }
+)
+"""Operator -> where its data, weights and bias are among its inputs."""
 
 
 def mix_tflite(source: Path, int8: Path, destination: Path, kept: Mapping[str, Arithmetic]) -> frozenset[str]:
@@ -160,4 +169,32 @@ def _with_weights_of(mixed: bytes, int8: Path) -> bytes:
         data = original.buffers[other.buffer].data
         if data is not None and model.buffers[tensor.buffer].data is not None:
             model.buffers[tensor.buffer].data = data
+    _fit_biases(model)
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
+def _fit_biases(model: Any) -> None:
+    """Count biases in steps of the input's scale times the weights': next to a float layer the input may have another.
+
+    What a float layer returns is quantized once for all that read it, in the scale of the concatenation among them.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    (graph, *_) = model.subgraphs
+    for operator in graph.operators:
+        places = _OPERANDS.get(flatbuffer_utils.opcode_to_name(model, operator.opcodeIndex))
+        if places is None or len(operator.inputs) <= max(places) or operator.inputs[places[2]] < 0:
+            continue
+        data, weights, bias = (graph.tensors[operator.inputs[place]] for place in places)
+        if data.type != schema.TensorType.INT8 or bias.type != schema.TensorType.INT32:
+            continue
+        present = np.asarray(bias.quantization.scale, np.float64)
+        wanted = np.float64(data.quantization.scale[0]) * np.asarray(weights.quantization.scale, np.float64)
+        if np.allclose(present, wanted, rtol=1e-5, atol=0):
+            continue
+        codes = np.frombuffer(bytes(model.buffers[bias.buffer].data), np.int32)
+        limits = np.iinfo(np.int32)
+        codes = np.rint(codes * (present / wanted)).clip(limits.min, limits.max).astype(np.int32)
+        model.buffers[bias.buffer].data = np.frombuffer(codes.tobytes(), np.uint8)
+        bias.quantization.scale = wanted.astype(np.float32)

@@ -106,7 +106,7 @@ def _quantized(
             activation_qType=QuantType.QUInt8,
             tensors_range=_tensors_data(affines),
             nodes_to_quantize=[],
-            nodes_to_exclude=[],
+            nodes_to_exclude=_beyond_the_quantizer(model.graph),
             op_types_to_quantize=_quantizable_op_types(),
             extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
         )
@@ -119,6 +119,20 @@ def _quantized(
     data: bytes = quantized.SerializeToString(deterministic=True)
     onnx.checker.check_model(data, full_check=True)
     return data
+
+
+def _beyond_the_quantizer(graph: onnx.GraphProto) -> list[str]:
+    """Transposed convolutions with groups and a bias, for which onnxruntime's quantizer has too few scales and fails.
+
+    It computes transposed convolutions in float anyway.
+    """
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "ConvTranspose"
+        and len(node.input) > 2
+        and any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
+    ]
 
 
 def _drop_unused_opsets(model: onnx.ModelProto) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from sepdeploy.core.int8 import CALIBRATION_METHODS, Affine, Int8Options, Int8St
 from sepdeploy.errors import ContractError
 from sepdeploy.quantize.correct_biases import correct_biases
 from sepdeploy.quantize.file_ranges import PROBES, fingerprint
+from sepdeploy.quantize.lift_dead_channels import has_dead_channels, lift_dead_channels
 from sepdeploy.quantize.ranges import affine_of_range, range_of
 from sepdeploy.quantize.round_adaptively import round_adaptively
 from sepdeploy.quantize.simulate import fake_quantized, observe, prescribed_affines, quantized_places, watch
@@ -141,9 +142,8 @@ def prepare_int8(
         names = {node.name for node in quantized_places(graph)}
         if names != fixed.keys():
             raise ContractError(f"the ranges that were trained with do not fit {sorted(names ^ fixed.keys())}")
-        known = dict(fixed)
-        value = judge.sqnr_db(fake_quantized(graph, known))
-        return Prepared(network, False, "minmax", _places(graph, known, fit), value, ())
+        value = judge.sqnr_db(fake_quantized(graph, fixed))
+        return _finished(_State(network, graph, "minmax", fixed, value, {}), copy, example, judge, fit)
     state = _calibrated(network, graph, fit, judge, options)
     steps = [_calibration_step(state, judge.images)]
     start = state
@@ -165,8 +165,22 @@ def prepare_int8(
         attempt("adaptive rounding", lambda changed, now: round_adaptively(changed, example, now.affines, fit))
     if options.corrects_bias:
         attempt("bias correction", lambda changed, now: correct_biases(changed, example, now.affines, fit))
-    places = _places(state.graph, state.affines, fit)
-    return Prepared(state.network, state is not start, state.method, places, state.sqnr_db, tuple(steps))
+    finished = _finished(state, copy, example, judge, fit)
+    return replace(finished, is_changed=finished.is_changed or state is not start, steps=tuple(steps))
+
+
+def _finished(
+    state: _State, copy: Callable[[nn.Module], nn.Module], example: Tensor, judge: _Judge, fit: Batches
+) -> Prepared:
+    """The network as it is handed over, its dead channels lifted: no choice, for files would lose their biases."""
+    network, graph, value = state.network, state.graph, state.sqnr_db
+    is_changed = has_dead_channels(graph, state.affines)
+    if is_changed:
+        network = copy(network)
+        graph = capture_graph(network, example)
+        lift_dead_channels(graph, state.affines)
+        value = judge.sqnr_db(fake_quantized(graph, state.affines))
+    return Prepared(network, is_changed, state.method, _places(graph, state.affines, fit), value, ())
 
 
 def _rebatched(batches: Batches, *, is_single: bool) -> Batches:

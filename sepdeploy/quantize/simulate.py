@@ -24,6 +24,7 @@ __all__ = [
     "QuantizeWeight",
     "fake_quantized",
     "observe",
+    "output_axis",
     "prescribed_affines",
     "quantized_places",
     "source_place",
@@ -216,7 +217,7 @@ def fake_quantized(graph: GraphModule, affines: Mapping[str, Affine]) -> GraphMo
     copy = GraphModule(graph, _copied(graph))
     places = {node for node in quantized_places(copy) if node.name in affines}
     for node in list(copy.graph.nodes):
-        axis = 0 if operator(node) in WEIGHTED else _transposed_axis(node)
+        axis = output_axis(node)
         if axis is not None:
             _quantize_weights(copy, node, axis, places, affines)
     for node in places:
@@ -236,11 +237,13 @@ def _copied(graph: GraphModule) -> torch.fx.Graph:
     return new
 
 
-def _transposed_axis(node: Node) -> int | None:
-    """Axis of the output channels in the weight of a transposed convolution; None of others and of grouped ones.
+def output_axis(node: Node) -> int | None:
+    """Axis of the output channels in the weight that a node multiplies by; None where it has none of its own.
 
-    Groups share their scales in ONNX files, and have convolutions of their own in TFLite.
+    Grouped transposed convolutions share their scales between groups in ONNX files, and become several in TFLite.
     """
+    if operator(node) in WEIGHTED:
+        return 0
     groups = node.args[6] if len(node.args) > 6 else 1
     return 1 if operator(node) in _TRANSPOSED and groups == 1 else None
 

@@ -278,7 +278,7 @@ def _write(values: WeightedChain, chain: Chain, modules: nn.Module) -> None:
                 _write_bias(_factor_module(module), item.bias)
 
 
-def batchnorm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def batchnorm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) in float64 that a batch norm applies in eval mode.
 
     Raises:

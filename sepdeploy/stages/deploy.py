@@ -69,7 +69,7 @@ def deploy(
 
     The chains of a converted network are lowered for each file (`wanted_lowerings`), in the target's file as `plan` has
     chosen for each. Before, the network is prepared for int8 (`stages/int8.py`), once for all formats. An int8 file is
-    quantized from the float32 file where both want the same form and the same weights, else from a float32 file of its
+    quantized from the float32 file where both want the same form, weights and norms, else from a float32 file of its
     own, `work/int8_source.*`. `settled` are the ranges that the network was trained with. Where
     `is_final`, float16 files are made too, and what is reported of int8 files is looked up. A
     `mixer` makes the converted network's int8 file of the target a mixed one.
@@ -107,7 +107,7 @@ def deploy(
             continue
         int8_lowering = int8_lowerings[file_format]
         source = float_path
-        if int8_lowering != lowering or prepared.record.is_changed:
+        if int8_lowering != lowering or prepared.record.has_own_source:
             source = store.work / f"int8_source.{role.value}.{file_format.value}"
             maker.export(file_format, source, int8_lowering)
         is_mixed = mixer is not None and options.is_target_file(file_format, Precision.INT8)
@@ -215,7 +215,7 @@ class _FileMaker:
         options: How files are made.
         inputs: Images and the original network.
         network: The network.
-        folded: Gives it with batch norms folded.
+        folded: Gives it with the batch norms behind convolutions folded.
         int8: The same as it is quantized.
         batch: Real images to compare outputs on.
         role: Which network it is.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from sepdeploy.analyze.flow_graph import capture_graph
 from sepdeploy.core.artifact import Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
@@ -19,23 +20,48 @@ from sepdeploy.core.progress import Progress
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.data.images import ImageSet
 from sepdeploy.errors import UnsupportedModelError
+from sepdeploy.passes.convolve_batchnorms import convolve_batchnorms, lone_batchnorms, norms_behind_layers
 from sepdeploy.passes.equalize_channels import equalize_channels
+from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.passes.replace_convs import copy_network
-from sepdeploy.planning.evaluate import batch_size_for, tensor_batches
+from sepdeploy.planning.evaluate import batch_size_for, run_network, tensor_batches
 from sepdeploy.quantize.prepare import Prepared, prepare_int8
 from sepdeploy.render.format_numbers import plural
 from sepdeploy.stages.bundle import read_weights, save_weights
 from sepdeploy.stages.load import Inputs
+from sepdeploy.stages.numerics import NUMERIC_TOLERANCE, largest_error
 from sepdeploy.stages.recover import held_out_images
 from sepdeploy.version import __version__
 
-__all__ = ["RANGE_IMAGES", "Int8Network", "Int8Record", "prepare_for_int8", "prepare_network", "range_images"]
+__all__ = [
+    "RANGE_IMAGES",
+    "Int8Network",
+    "Int8Record",
+    "LoneNorms",
+    "prepare_for_int8",
+    "prepare_network",
+    "range_images",
+    "without_lone_norms",
+]
 
 RANGE_IMAGES = 256
 """Calibration images for the int8 ranges: they settle long before that."""
 
 _HELD_OUT_IMAGES = 64
 """Most images that decide between methods."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoneNorms:
+    """Batch norms that float files have and int8 files do not.
+
+    Attributes:
+        folded: Layer -> the norm behind it that is folded into it.
+        convolved: Norms that are depthwise convolutions.
+    """
+
+    folded: Mapping[str, str] = field(default_factory=dict)
+    convolved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +75,7 @@ class Int8Record:
         steps: What was tried.
         places: Ranges of its activations; tensors of a file that hold something else get their own.
         note: Why it could not be simulated.
+        norms: What became of the batch norms that float files still have.
     """
 
     method: RangeMethod
@@ -57,6 +84,12 @@ class Int8Record:
     steps: tuple[Int8Step, ...]
     places: tuple[PlaceRange, ...]
     note: str = ""
+    norms: LoneNorms = LoneNorms()
+
+    @property
+    def has_own_source(self) -> bool:
+        """Whether int8 files are made from another network than the float files."""
+        return self.is_changed or bool(self.norms.folded or self.norms.convolved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +98,7 @@ class Int8Network:
 
     Attributes:
         record: What was decided.
-        network: Gives it, batch norms folded.
+        network: Gives it, batch norms folded or written as convolutions.
     """
 
     record: Int8Record
@@ -123,18 +156,51 @@ def prepare_network(
 
     def make() -> None:
         progress.stage(f"finding the int8 ranges of the {role.value} network")
-        network = folded()
+        network, norms = without_lone_norms(folded(), inputs.example())
         try:
             prepared = prepare_for_int8(options, inputs, traced, network, seed, {p.name: p.affine for p in settled})
             network, record = prepared.network, _record(prepared)
         except UnsupportedModelError as error:
             record = _unsimulated(options, str(error))
         save_weights(weights_path, network)
-        write_json(record_path, record)
+        write_json(record_path, replace(record, norms=norms))
 
     store.run(f"int8 {role.value}", key, (weights_path, record_path), make)
     record = read_json(Int8Record, record_path)
-    return Int8Network(record, cache(lambda: _rebuilt(folded(), weights_path)) if record.is_changed else folded)
+    rebuilt = cache(lambda: _rebuilt(folded(), record.norms, weights_path))
+    return Int8Network(record, rebuilt if record.has_own_source else folded)
+
+
+def without_lone_norms(folded: nn.Module, example: Tensor) -> tuple[nn.Module, LoneNorms]:
+    """The network without the batch norms that no Conv2d precedes, and what became of them.
+
+    Where that changes what it computes, because something else reads a norm's statistics, it stays as it is.
+
+    Args:
+        folded: In eval mode; not changed.
+        example: One image, (1, ...).
+    """
+    names = lone_batchnorms(folded, example)
+    if not names:
+        return folded, LoneNorms()
+    try:
+        behind = norms_behind_layers(folded, names, capture_graph(folded, example))
+    except UnsupportedModelError:
+        behind = {}
+    norms = LoneNorms(behind, tuple(name for name in names if name not in behind.values()))
+    network = _rewritten(folded, norms)
+    try:
+        error = largest_error(*(run_network(each, example) for each in (folded, network)))
+    except Exception:  # whatever Python code does with what it takes for a norm
+        return folded, LoneNorms()
+    return (network, norms) if error <= NUMERIC_TOLERANCE else (folded, LoneNorms())
+
+
+def _rewritten(folded: nn.Module, norms: LoneNorms) -> nn.Module:
+    network = copy_network(folded)
+    fold_batchnorm(network, norms.folded)
+    convolve_batchnorms(network, norms.convolved)
+    return network.eval()
 
 
 def prepare_for_int8(
@@ -198,7 +264,7 @@ def _equalize(network: nn.Module, example: Tensor, batches: Callable[[], Iterabl
     )
 
 
-def _rebuilt(folded: nn.Module, weights: Path) -> nn.Module:
-    network = copy_network(folded)
+def _rebuilt(folded: nn.Module, norms: LoneNorms, weights: Path) -> nn.Module:
+    network = _rewritten(folded, norms)
     network.load_state_dict(read_weights(weights))
-    return network.eval()
+    return network

@@ -18,6 +18,7 @@ from sepdeploy.bench.session import open_session
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.files import replacing, sha256_of_file
+from sepdeploy.core.int8 import INT8_RULES
 from sepdeploy.core.int8_proof import FloatReason, Int8Proof
 from sepdeploy.core.mixed import Arithmetic, MixedPlan, MixReason, is_within
 from sepdeploy.core.options import ConvertOptions
@@ -95,6 +96,7 @@ class Mixer:
             "calibration": self.inputs.calibration.sha256,
             "validation": self.inputs.validation.sha256,
             "seconds": [self.options.selection.seconds_per_block, self.options.selection.pricing_seconds],
+            "rules": INT8_RULES,
             "version": __version__,
             "versions": versions(),
             "cpu": cpu_name(),

@@ -16,12 +16,12 @@ from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import run_network
 
-__all__ = ["check_numerics", "fold_network", "largest_error", "numeric_error"]
+__all__ = ["NUMERIC_TOLERANCE", "check_numerics", "fold_network", "largest_error", "numeric_error"]
 
-_NUMERIC_TOLERANCE = 1e-4
+NUMERIC_TOLERANCE = 1e-4
 """Largest difference between a float file and its PyTorch network, relative to the largest output."""
 
-_SMALLEST_RANGE = 1e-6 / _NUMERIC_TOLERANCE
+_SMALLEST_RANGE = 1e-6 / NUMERIC_TOLERANCE
 """Outputs smaller than this count as this large: whatever they are, 1e-6 is rounding."""
 
 
@@ -42,7 +42,7 @@ def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> nn.Mod
             "mean and std of the images"
         )
     error = largest_error(expected, run_network(folded, torch.from_numpy(batch)))
-    if not error <= _NUMERIC_TOLERANCE:
+    if not error <= NUMERIC_TOLERANCE:
         raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
     return folded
 
@@ -55,7 +55,7 @@ def check_numerics(path: Path, network: nn.Module, batch: np.ndarray, *, is_chan
     """
     session = open_session(path, threads=1, is_channels_last=is_channels_last)
     error = largest_error(run_network(network, torch.from_numpy(batch)), session.predict(batch))
-    if not error <= _NUMERIC_TOLERANCE:
+    if not error <= NUMERIC_TOLERANCE:
         raise ToolError(
             f"the exported {path.suffix} file computes something else than the network: outputs differ by {error:.1e} "
             "of their range; leave that format out with --formats"

@@ -20,7 +20,7 @@ from sepdeploy.errors import UnsupportedModelError
 from sepdeploy.passes.fold_batchnorm import fold_batchnorm, unfold_batchnorm
 from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.quantize.simulate import fake_quantized
-from sepdeploy.stages.int8 import prepare_for_int8
+from sepdeploy.stages.int8 import prepare_for_int8, without_lone_norms
 from sepdeploy.stages.load import Inputs
 from sepdeploy.train.finetune import finetune
 from sepdeploy.train.optimization import peak_learning_rate
@@ -91,9 +91,9 @@ def train_for_int8(
 ) -> TrainedForInt8:
     """Distillation as in `train/finetune.py`, through the simulated int8 network.
 
-    Batch norms are folded and channels rescaled first, so that weights and activations are rounded exactly as the files
-    round them, with the ranges found on the calibration images, which stay as they are. Features are not compared: the
-    graph that is trained has none of the modules any more.
+    Batch norms are folded or written as convolutions, and channels rescaled, first, so that weights and activations are
+    rounded exactly as the files round them, with the ranges found on the calibration images, which stay as they are.
+    Features are not compared: the graph that is trained has none of the modules any more.
 
     Raises:
         UsageError: if images and options do not fit, or training diverges.
@@ -102,6 +102,7 @@ def train_for_int8(
     pairs = {site.name: site.norm for site in traced.sites if site.norm is not None}
     folded = copy_network(network).eval()
     fold_batchnorm(folded, pairs)
+    folded, norms = without_lone_norms(folded, inputs.example())  # as its files will be without them
     prepared = prepare_for_int8(options.int8, inputs, traced, folded, options.seed)
     graph = capture_graph(prepared.network, inputs.example())
     student: nn.Module = fake_quantized(graph, {place.name: place.affine for place in prepared.places})
@@ -120,7 +121,9 @@ def train_for_int8(
     )
     _take_over(prepared.network, trained.graph if isinstance(trained, _OneByOne) else trained)
     step = replace(step, name="quantization-aware training")
-    return TrainedForInt8(unfold_batchnorm(network, prepared.network, pairs), step, prepared.places)
+    return TrainedForInt8(
+        unfold_batchnorm(network, prepared.network, pairs | dict(norms.folded)), step, prepared.places
+    )
 
 
 @torch.no_grad()

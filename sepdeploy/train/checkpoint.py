@@ -31,6 +31,8 @@ def run_key(
     held_out: ImageSet,
     options: TrainOptions | ReconstructOptions,
     features: tuple[str, ...],
+    *,
+    by_damage: bool = False,
 ) -> str:
     """Hash of everything that the result of a run depends on, but not of the number of processes."""
     parts = {
@@ -43,6 +45,7 @@ def run_key(
         "held_out": held_out.sha256,
         "options": to_data(options),
         "features": features,
+        "by_damage": by_damage,
     }
     return sha256_of_bytes(json.dumps(parts, sort_keys=True).encode())
 

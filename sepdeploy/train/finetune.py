@@ -100,7 +100,7 @@ def finetune(
     told = progress if is_main else Silent()
     run = _Run(accelerator, student, teacher, images, held_out, options, features, told, by_damage=by_damage)
     path = folder / "checkpoint.pt"
-    key = run_key(student, teacher, images, held_out, options, features) if is_main else ""
+    key = run_key(student, teacher, images, held_out, options, features, by_damage=by_damage) if is_main else ""
     run.restore(read_checkpoint(path, key) if is_main else None)
     with closing(Journal(folder, run.history)) if is_main else nullcontext() as journal:
         while len(run.history) < options.epochs:

@@ -15,6 +15,7 @@ from sepdeploy.core.int8 import Int8Options
 from sepdeploy.core.onnx_steps import output_steps
 from sepdeploy.export.onnx import export_onnx
 from sepdeploy.export.tflite import export_tflite
+from sepdeploy.passes.convolve_batchnorms import convolve_batchnorms, lone_batchnorms
 from sepdeploy.passes.equalize_channels import equalize_channels
 from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.quantize.agreement import (
@@ -24,6 +25,7 @@ from sepdeploy.quantize.agreement import (
     simulation_of_file,
 )
 from sepdeploy.quantize.file_ranges import match_places
+from sepdeploy.quantize.inspect_int8 import float_ops_of_onnx, float_ops_of_tflite
 from sepdeploy.quantize.onnx_qdq import OnnxTensors, quantize_onnx
 from sepdeploy.quantize.prepare import prepare_int8, sqnr_db
 from sepdeploy.quantize.saturation import saturates_u8s8
@@ -36,6 +38,7 @@ def prepare(net, calibration, options):
     images = torch.from_numpy(calibration)
     trace = trace_network(folded, images[:1])
     fold_batchnorm(folded, {site.name: site.norm for site in trace.sites if site.norm})
+    convolve_batchnorms(folded, lone_batchnorms(folded, images[:1]))
     fit, held_out = images[:16], images[16:]
 
     def equalize(network, example, batches):
@@ -140,6 +143,46 @@ def test_what_is_joined_has_one_scale_in_both_files(calibration, validation, tmp
     found = Files(net, calibration, tmp_path)
     of_onnx, of_tflite = ({round(each.scale, 9) for each in affines.values()} for affines in found.affines())
     assert of_onnx == of_tflite
+    if not saturates_u8s8():
+        assert agreement_ratio(*found.outputs(validation), output_steps(found.int8_onnx)) >= 0.99
+
+
+class PreActivation(nn.Module):
+    """Norms that no convolution precedes, channels with a factor of 0 or nearly so, and a SiLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.block = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.norm, self.last, self.joined = nn.BatchNorm2d(12), nn.BatchNorm2d(12), nn.BatchNorm2d(24)
+        self.dead, self.head = nn.Sequential(nn.Conv2d(24, 12, 1), nn.BatchNorm2d(12)), nn.Linear(12, 5)
+        with torch.no_grad():
+            for norm in (self.norm, self.last, self.joined, self.dead[1]):
+                norm.running_mean.normal_(0, 0.3)
+                norm.running_var.uniform_(0.05, 0.5)
+                norm.weight.uniform_(-1.5, 1.5)
+            for norm in (self.norm, self.dead[1]):
+                norm.weight[:3] = torch.tensor([0.0, 1e-13, 1e-8])
+                norm.bias[:3] = torch.tensor([0.6, 0.4, 0.8])
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.last(x + self.block(self.norm(x).relu()))
+        return self.head(nn.functional.silu(self.dead(self.joined(torch.cat([x, y], 1)).relu())).mean((2, 3)))
+
+
+def test_lone_norms_dead_channels_and_sigmoids_inside_are_the_same_in_both_files(calibration, validation, tmp_path):
+    pytest.importorskip("litert_torch", reason="needs sepdeploy[tflite]")
+    torch.manual_seed(0)
+    net = PreActivation().eval()
+    images = torch.from_numpy(validation)
+    wanted = net(images).detach().numpy()
+    found = Files(net, calibration, tmp_path)
+    assert found.prepared.is_changed
+    of_onnx, of_tflite = ({round(each.scale, 9) for each in affines.values()} for affines in found.affines())
+    assert of_onnx == of_tflite
+    assert float_ops_of_onnx(found.int8_onnx) == float_ops_of_tflite(found.int8_tflite) == ()
+    for (output,) in found.outputs(validation):
+        assert 10 * np.log10(np.sum(wanted**2) / np.sum((wanted - output) ** 2)) > 25
     if not saturates_u8s8():
         assert agreement_ratio(*found.outputs(validation), output_steps(found.int8_onnx)) >= 0.99
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
+from torch import Tensor, nn
 
 from sepdeploy.bench.session import open_session
 from sepdeploy.core.int8_proof import FloatReason, Int8Proof
 from sepdeploy.core.mixed import Arithmetic
+from sepdeploy.export.tflite import export_tflite
 from sepdeploy.quantize.int8_share import int8_share_of_onnx, int8_share_of_tflite
 from sepdeploy.quantize.layer_sqnr import layer_sqnr_of_onnx, layer_sqnr_of_tflite
 from sepdeploy.quantize.mixed_onnx import mix_onnx
@@ -88,6 +91,32 @@ def test_all_in_float_is_the_float_file_but_for_its_ends(case: Case, validation:
     mixed, quantized = (sqnr(source, each, validation, is_channels_last=is_channels_last) for each in (path, int8))
     # Input and output have 8 bits still; a ReLU that got lost would cost tens of decibels.
     assert mixed > quantized + 2
+
+
+class Joined(nn.Module):
+    """A layer that a convolution and a concatenation read: in int8 in two scales, in float in that of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 4, 1)
+        nn.init.normal_(self.second.bias, std=3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.last(torch.cat([x, 8 * self.second(x).relu()], 1)).mean((2, 3))
+
+
+def test_biases_follow_the_scale_that_a_float_layer_is_quantized_in(
+    calibration: np.ndarray, validation: np.ndarray, tmp_path: Path
+) -> None:
+    pytest.importorskip("litert_torch", reason="needs sepdeploy[tflite]")
+    torch.manual_seed(0)
+    source, int8, path = (tmp_path / name for name in ("net.tflite", "int8.tflite", "mixed.tflite"))
+    export_tflite(Joined().eval(), torch.from_numpy(calibration[:1]), source, is_channels_last=True)
+    quantize_tflite(source, int8, [image.transpose(0, 2, 3, 1) for image in np.split(calibration, len(calibration))])
+    assert mix_tflite(source, int8, path, {"first": FLOAT}) == frozenset()
+    before, after = (sqnr(source, each, validation, is_channels_last=True) for each in (int8, path))
+    assert after > before - 3
 
 
 def test_a_broken_layer_is_mended(

@@ -13,6 +13,7 @@ from torch import nn
 
 from sepdeploy.bench.onnxruntime import OrtSession
 from sepdeploy.errors import ToolError, UsageError
+from sepdeploy.export.onnx import export_onnx
 from sepdeploy.quantize.inspect_int8 import float_ops_of_onnx
 from sepdeploy.quantize.onnx_qdq import quantize_onnx
 
@@ -49,6 +50,18 @@ def test_weights_are_int8_per_channel_and_activations_uint8(int8_onnx: Path) -> 
         assert not zero_points.any()
         activation = makers[conv.input[0]]
         assert constants[activation.input[2]].dtype == np.uint8
+
+
+def test_transposed_convolutions_with_groups_and_a_bias_stay_in_float(calibration: np.ndarray, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2, groups=2), nn.Conv2d(8, 4, 1)).eval()
+    images = torch.from_numpy(calibration)
+    export_onnx(net, images[:1], tmp_path / "net.onnx")
+    quantize_onnx(tmp_path / "net.onnx", tmp_path / "int8.onnx", single(calibration))
+    assert float_ops_of_onnx(tmp_path / "int8.onnx") == ("ConvTranspose x1",)
+    (output,) = OrtSession(tmp_path / "int8.onnx").predict(calibration)
+    wanted = net(images).detach().numpy()
+    assert 10 * np.log10(np.sum(wanted**2) / np.sum((output - wanted) ** 2)) > 25
 
 
 def test_onnxruntime_runs_every_convolution_in_int8(int8_onnx: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import ToolError, UsageError
 from sepdeploy.schemes.module import ChainConv2d
 from sepdeploy.stages import deploy
-from sepdeploy.stages.int8 import Int8Record
+from sepdeploy.stages.int8 import Int8Record, LoneNorms, without_lone_norms
 from sepdeploy.stages.report import _lowering_notes
 
 SPEC = ConvSpec(8, 8, (3, 3), padding=(1, 1, 1, 1))
@@ -137,6 +137,42 @@ def test_terms_are_joined_before_their_weights_are_rounded(tmp_path, monkeypatch
         assert min(np.abs(value - each).max() for each in written if each.shape == value.shape) < 1e-6
     assert result.int8_steps[-1].name == "adaptive rounding"
     assert result.int8_steps[-1].is_kept
+
+
+def test_norms_without_a_convolution_before_them_are_int8_and_stay_norms_in_float(tmp_path):
+    run = Run(tmp_path, PLAIN)
+    norm = nn.BatchNorm2d(8)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    up = nn.ConvTranspose2d(4, 4, 2, stride=2, bias=False)
+    run.network = nn.Sequential(norm, nn.ReLU(), *run.network, up, nn.BatchNorm2d(4, eps=3.0)).eval()
+    float_file, int8_file = run.deploy()
+    assert "BatchNormalization" in run.ops("model.onnx")
+    assert "BatchNormalization" not in run.ops("work/int8_source.converted.onnx") | run.ops("model.int8.onnx")
+    assert not any(op.startswith("BatchNorm") for op in int8_file.float_ops)
+    assert float_file.max_abs_error < 1e-5 < int8_file.max_abs_error < 0.1
+    record = read_json(Int8Record, tmp_path / "work" / "int8.converted.json")
+    assert record.norms == LoneNorms({"5": "6"}, ("0",))
+    assert not record.is_changed
+    assert isinstance(run.network[0], nn.BatchNorm2d)  # the network itself stays
+    run.deploy()
+    assert run.stages == []
+
+
+class Reading(nn.Module):
+    """Reads the statistics of a norm besides, which must then stay a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(x) * self.norm.running_var.reshape(8, 1, 1)
+
+
+def test_a_norm_that_the_network_reads_otherwise_stays():
+    network = Reading().eval()
+    assert without_lone_norms(network, torch.from_numpy(Images.pixels[:1])) == (network, LoneNorms())
 
 
 def test_another_lowering_makes_the_files_anew(tmp_path):

@@ -30,7 +30,7 @@ def test_error_is_relative_to_the_largest_value_of_the_output():
 
 
 def test_small_outputs_may_be_off_by_rounding_only():
-    tolerance = numerics._NUMERIC_TOLERANCE
+    tolerance = numerics.NUMERIC_TOLERANCE
     assert error([0.0, 0.0], [0.0, 0.0]) == 0
     assert error([0.0, 0.0], [0.9e-6, 0.0]) <= tolerance
     assert error([0.0, 0.0], [1.1e-6, 0.0]) > tolerance

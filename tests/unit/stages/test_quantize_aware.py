@@ -1,6 +1,7 @@
 """Quantization-aware training of networks that are awkward to capture, and its refusal before anything takes long."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,9 @@ from sepdeploy.data.images import open_images
 from sepdeploy.errors import UnsupportedModelError, UsageError
 from sepdeploy.planning.evaluate import tensor_batches
 from sepdeploy.quantize.simulate import fake_quantized
+from sepdeploy.stages.int8 import LoneNorms, prepare_for_int8, without_lone_norms
 from sepdeploy.stages.load import Inputs
+from sepdeploy.stages.numerics import fold_network
 from sepdeploy.stages.quantize_aware import qat_options, require_simulation, train_for_int8
 
 
@@ -36,6 +39,24 @@ class Awkward(nn.Module):
     def forward(self, x):
         x = torch.stack([self.first(image) for image in x]).relu()
         return self.linear(self.third(self.second(x).relu()).relu().flatten(1))
+
+
+class PreActivation(nn.Module):
+    """Norms that no convolution precedes, with weights and without."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.second, self.linear = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        self.inner, self.norm, self.last = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
+        self.flat = nn.BatchNorm1d(4)
+        for norm in (self.inner, self.norm, self.last, self.flat):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.inner(self.second(self.norm(x).relu()))
+        return self.flat(self.linear(self.last(x).relu().mean((2, 3))))
 
 
 class ByValue(Awkward):
@@ -73,6 +94,33 @@ def test_one_image_at_a_time_and_two_names_for_a_weight(inputs, tmp_path):
     simulated = fake_quantized(graph, {place.name: place.affine for place in trained.places})
     damage = network_damage(inputs.network, simulated, tensor_batches(images, 1)())
     assert damage == pytest.approx(trained.step.damage_after, rel=1e-3)
+
+
+def test_norms_without_a_convolution_before_them_are_trained_as_their_files_have_them(inputs, tmp_path):
+    torch.manual_seed(0)
+    network = PreActivation().eval().requires_grad_(False)
+    inputs = replace(inputs, network=network)
+    student = copy.deepcopy(network).requires_grad_(True)
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    training = TrainOptions(epochs=4, batch_size=8, learning_rate=3.0, ema_decay=0, augment=())
+    options = ConvertOptions(tmp_path, "net.py:net", "images", training=training, train="images", int8=PLAIN)
+    traced = trace_network(network, inputs.example())
+    images = inputs.calibration
+    trained = train_for_int8(student, inputs, traced, images, images, options, tmp_path / "work", Silent())
+    assert trained.step.is_kept
+    assert trained.network.state_dict().keys() == network.state_dict().keys()
+    assert not torch.equal(trained.network.norm.weight, student.norm.weight)
+    folded = fold_network(trained.network, traced, next(images.batches(4))[0])
+    written, norms = without_lone_norms(folded, inputs.example())  # as `deploy` does
+    assert norms == LoneNorms({"linear": "flat"}, ("norm", "last"))
+    settled = {place.name: place.affine for place in trained.places}
+    prepared = prepare_for_int8(PLAIN, inputs, traced, written, 0, settled)
+    assert {place.name: place.affine for place in prepared.places} == settled
+    simulated = fake_quantized(capture_graph(prepared.network, inputs.example()), settled)
+    damage = network_damage(network, simulated, tensor_batches(images, 1)())
+    assert damage == pytest.approx(trained.step.damage_after, rel=1e-2)
 
 
 def test_a_network_that_cannot_be_simulated_is_refused_before_any_training(inputs):

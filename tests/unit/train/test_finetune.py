@@ -99,10 +99,10 @@ def options_of(**changes):
     return TrainOptions(**{"epochs": 2, "batch_size": 16, "augment": ("flip", "shift"), **changes})
 
 
-def run(student, teacher, images, held_out, folder, options=None, features=("b",), progress=None):
+def run(student, teacher, images, held_out, folder, options=None, features=("b",), progress=None, **judging):
     return finetune(
         student, teacher, images, held_out, options or options_of(),
-        features=features, folder=folder, progress=progress or Silent(),
+        features=features, folder=folder, progress=progress or Silent(), **judging,
     )  # fmt: skip
 
 
@@ -318,6 +318,8 @@ def test_other_inputs_start_anew(make_images, tmp_path, monkeypatch):
     for *inputs, options in others:
         with pytest.raises(StoppedError):
             run(*inputs, tmp_path, options, progress=StopsIn(1))
+    with pytest.raises(StoppedError):  # the best epoch may be another by damage than by accuracy
+        run(student, teacher, images, held_out, tmp_path, progress=StopsIn(1), by_damage=True)
     for place in (checkpoint, torch):
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(place, "__version__", "another")
