@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +67,33 @@ class _Contiguous(nn.Module):
         return outputs
 
 
+@contextmanager
+def _whole_names() -> Iterator[None]:
+    """Inside, litert-torch names tensors by modules as 'package.Class#module.name'.
+
+    By itself it names them by the last part of each name: of modules in a list that is a number, the same in all lists.
+    """
+    try:
+        from litert_torch.backend.debuginfo import _build
+
+        original = _build._get_hierarchy
+    except (ImportError, AttributeError):  # another version of it: then layers of the file are known by their place
+        yield
+        return
+    _build._get_hierarchy = _module_of
+    try:
+        yield
+    finally:
+        _build._get_hierarchy = original
+
+
+def _module_of(node: torch.fx.Node) -> str:
+    """The innermost module that a node was made in."""
+    stack: dict[str, tuple[str, str | type]] = node.meta.get("nn_module_stack", {})
+    *_, (name, kind) = ("", ""), *stack.values()
+    return f"{kind if isinstance(kind, str) else f'{kind.__module__}.{kind.__qualname__}'}#{name};"
+
+
 def _converted(
     model: FlatOutputs, example: Tensor, outputs_4d: list[int], *, is_channels_last: bool
 ) -> litert_torch.model.Model:
@@ -82,7 +111,7 @@ def _converted(
             module = litert_torch.to_channel_last_io(_Contiguous(model), args=[0], outputs=outputs_4d).eval()
             example = example.permute(0, 2, 3, 1).contiguous()
         try:
-            with torch.no_grad(), silenced_native_stderr():
+            with torch.no_grad(), silenced_native_stderr(), _whole_names():
                 return litert_torch.convert(module, (example,))
         except Exception as error:
             raise UnsupportedModelError(

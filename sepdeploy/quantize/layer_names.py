@@ -10,6 +10,9 @@ __all__ = ["onnx_layer_name", "tflite_layer_name"]
 _WRAPPER = "model"
 """`FlatOutputs`, in which every network is exported, holds it under this name."""
 
+_LAYER = re.compile(rf"(?:.*\.)?(?P<type>\w+)#(?:wrapped\.model\.)?{_WRAPPER}\.(?P<name>.+)")
+"""A module in a TFLite file's names; it may be in two more wrappers, for the layout."""
+
 
 def onnx_layer_name(node_name: str, weight_name: str) -> str:
     """Name of the module whose weight a node reads; of the node if the weight has none of a module's.
@@ -26,33 +29,20 @@ def onnx_layer_name(node_name: str, weight_name: str) -> str:
 def tflite_layer_name(tensor_names: Sequence[str], place: int) -> str:
     """Name of the module that an operator stands for; its place in the file if there is none.
 
-    litert-torch names a tensor by the modules that it was made in, 'package.Class_attribute/...', and where operators
+    `export_tflite` names a tensor by the module that it was made in, 'package.Class#module.name', and where operators
     were fused by those of all, joined with semicolons: a convolution's is the layer, not its batch norm's.
 
     Args:
         tensor_names: Of the operator's output and of its weights.
         place: Of the operator in the file.
 
-    >>> path = "litert_torch.ChannelLastIOWrapper/a.FlatOutputs_model/net.Net_model/torch.nn."
-    >>> tflite_layer_name([f"{path}BatchNorm2d_norm;;{path}Conv2d_conv_1;2"], 7)
-    'conv_1'
+    >>> tflite_layer_name(["torch.nn.BatchNorm2d#model.stages.0.norm;torch.nn.Conv2d#model.stages.0.conv_1;2"], 7)
+    'stages.0.conv_1'
     >>> tflite_layer_name(["serving_default_output_0_output", "arith.constant"], 7)
     'operator 7'
     """
-    layers = [layer for name in tensor_names for path in name.split(";") if (layer := _inner_modules(path))]
+    layers = [layer for name in tensor_names for path in name.split(";") if (layer := _LAYER.fullmatch(path))]
     for layer in layers:
-        if "Conv" in layer[-1].partition("_")[0] or "Linear" in layer[-1].partition("_")[0]:
-            return ".".join(map(_attribute, layer))
-    deepest = sorted(layers, key=len)[-1] if layers else []
-    return ".".join(map(_attribute, deepest)) or f"operator {place}"
-
-
-def _inner_modules(path: str) -> list[str]:
-    """The 'Class_attribute' of the modules inside of the exported network, from the outermost."""
-    modules = path.split("/")
-    wrapper = next((i for i, module in enumerate(modules) if module.endswith("FlatOutputs_model")), len(modules))
-    return [module.rpartition(".")[2] for module in modules[wrapper + 2 :]]  # the next is the network itself
-
-
-def _attribute(module: str) -> str:
-    return module.lstrip("_").partition("_")[2]
+        if "Conv" in layer["type"] or "Linear" in layer["type"]:
+            return layer["name"]
+    return max((layer["name"] for layer in layers), key=lambda name: name.count("."), default=f"operator {place}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sepdeploy.errors import ToolError, UnsupportedModelError, UsageError
 from sepdeploy.export.tflite import export_tflite
+from sepdeploy.quantize.layer_names import tflite_layer_name
 
 pytest.importorskip("ai_edge_litert.interpreter", reason="needs sepdeploy[tflite]")
 
@@ -86,6 +87,32 @@ def test_same_weights_give_same_bytes_without_paths(
     for path in (str(Path(__file__).parents[3]), str(Path.home()), str(folder), "site-packages"):
         assert path.encode() not in data
     assert dict(os.environ) == environment
+
+
+class _Lists(nn.Module):
+    """Two lists, whose modules have the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.ModuleList([nn.Conv2d(3, 3, k), nn.Conv2d(3, 3, k)]) for k in (1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (*self.first, *self.second):
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize("is_channels_last", [True, False])
+def test_tensors_are_named_by_the_whole_names_of_modules(images: Tensor, folder: Path, is_channels_last: bool) -> None:
+    from ai_edge_litert.interpreter import Interpreter
+
+    path = folder / "lists.tflite"
+    export_tflite(_Lists().eval(), images[:1], path, is_channels_last=is_channels_last)
+    interpreter = Interpreter(str(path))
+    interpreter.allocate_tensors()
+    weights = [each["name"] for each in interpreter.get_tensor_details() if list(each["shape"][::3]) == [3, 3]]
+    names = {tflite_layer_name([name], 0) for name in weights}
+    assert {"first.0", "first.1", "second.0", "second.1"} <= names
 
 
 def test_data_dependent_control_flow_is_refused(data_dependent: nn.Module, images: Tensor, folder: Path) -> None:
