@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,20 +20,20 @@ from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.measurement import Measured
 from sepdeploy.core.options import ConvertOptions, MovedInputs, require_own_training, target_format
 from sepdeploy.core.pareto import FrontPoint
-from sepdeploy.core.plan import Plan, Reason
+from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
-from sepdeploy.core.report import ArtifactResult, Report
+from sepdeploy.core.report import ArtifactResult, Drops, Report
 from sepdeploy.core.selection import Selection
 from sepdeploy.core.stage_store import StageStore, locked, require_usable
 from sepdeploy.core.training import TrainOptions
-from sepdeploy.errors import UsageError
+from sepdeploy.errors import ContractError, SepdeployError, UsageError
 from sepdeploy.loading.checkpoint import load_state_dict
 from sepdeploy.planning.design_network import design_network
 from sepdeploy.planning.evaluate import Evaluator, batch_size_for, prefer_channels_last
 from sepdeploy.planning.target import find_target
 from sepdeploy.schemes.scheme import find_scheme
 from sepdeploy.stages.after_transfer import given_hook, recover_without_labels, require_training, train_network
-from sepdeploy.stages.attempts import Attempts, first_attempt, limit_options
+from sepdeploy.stages.attempts import Attempt, Attempts, first_attempt, limit_options
 from sepdeploy.stages.deploy import deploy
 from sepdeploy.stages.design import check_design_folder, write_design
 from sepdeploy.stages.finish import discard_results, finish_bundle, measure_drops
@@ -121,14 +121,15 @@ def _convert(
     is_known = hook is None or hook.key is not None  # two closures of one name may do different things
     promise = options.max_drop_points
     attempts = Attempts(store, basis, first_attempt(options, is_trained=is_trained), promise, resumes=is_known)
-    goes_on = True
-    while goes_on:
-        attempt = attempts.present
+
+    is_limited = options.selects and options.selection.has_limit
+
+    def tried(attempt: Attempt) -> _Tried | None:
+        """What an attempt comes to; None if it is not worth the recovery."""
         plan, network, guard = planned(attempt.limit_points)
         cost = _plan_cost(options, plan, guard, traced)
         if not attempt.is_worth(cost):
-            attempts.go_back()
-            continue
+            return None
         recovery = Recovery(store, store.folder, options, inputs, traced, plan, progress, Processes())
         untrained = recover_without_labels(
             recovery, options, Recovered(TRANSFERRED, network), is_recovering=attempt.is_recovering
@@ -138,19 +139,74 @@ def _convert(
             is_aware = options.training.is_quantization_aware
             last = train_network(recovery, inputs, untrained, hook, is_quantization_aware=is_aware)
         recovery.finish(last)
-        if promise is None or attempt.is_last or (options.selects and options.selection.has_limit):
-            break
-        if not plan.replaced:
-            goes_on = attempts.after_nothing(guard)
-            continue
-        drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
-        if drops.file > promise:
-            goes_on = attempts.after_failure(guard, drops)
-        else:  # a hook's training is not repeated for more
-            goes_on = hook is None and _can_grow(plan, guard) and attempts.after_success(guard, drops, cost)
+        drops = None
+        if promise is not None and plan.replaced and not attempt.is_last and not is_limited:
+            drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
+        return _Tried(plan, guard, untrained, last, cost, drops)
+
+    # A hook's training is not repeated for more, and a given scheme has nothing that it makes small.
+    may_loosen = hook is None and options.selects
+    found = _settled(attempts, tried, None if is_limited else promise, may_loosen=may_loosen, progress=progress)
     attempts.finish()
-    record = RunRecord(absolute_options(options, inputs.architecture), untrained.name)
-    return finish_bundle(store, options, inputs, traced, plan, guard, last, evaluator, record, progress)
+    record = RunRecord(absolute_options(options, inputs.architecture), found.untrained.name)
+    return finish_bundle(
+        store, options, inputs, traced, found.plan, found.guard, found.last, evaluator, record, progress
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """What an attempt came to.
+
+    Attributes:
+        plan: What it replaces.
+        guard: How that was found.
+        untrained: Its network before training.
+        last: And after.
+        cost: Of the plan, in what it was chosen to make small.
+        drops: What it loses; None where that decides nothing.
+    """
+
+    plan: Plan
+    guard: GuardRecord
+    untrained: Recovered
+    last: Recovered
+    cost: float
+    drops: Drops | None
+
+
+def _settled(
+    attempts: Attempts,
+    tried: Callable[[Attempt], _Tried | None],
+    promise: float | None,
+    *,
+    may_loosen: bool,
+    progress: Progress,
+) -> _Tried:
+    """What the attempts end with, one after the other."""
+    goes_on, found = True, None
+    while goes_on:
+        attempt = attempts.present
+        try:
+            found = tried(attempt)
+        except SepdeployError as error:
+            if attempt.held is None:
+                raise
+            progress.stage(f"a cheaper plan failed ({error}): going back")
+            found = None
+        if found is None:
+            goes_on = attempts.go_back()
+        elif promise is None or attempt.is_last:
+            goes_on = False
+        elif found.drops is None:
+            goes_on = attempts.after_nothing(found.guard)
+        elif found.drops.file > promise:
+            goes_on = attempts.after_failure(found.guard, found.drops)
+        else:
+            goes_on = may_loosen and attempts.after_success(found.guard, found.drops, found.cost)
+    if found is None:
+        raise ContractError("the last attempt was not carried out")
+    return found
 
 
 def _plan_cost(options: ConvertOptions, plan: Plan, guard: GuardRecord, traced: Trace) -> float:
@@ -161,12 +217,6 @@ def _plan_cost(options: ConvertOptions, plan: Plan, guard: GuardRecord, traced: 
     if goal == "params":
         return traced.total_params - sum(traced.site(name).params - c.params for name, c in plan.replaced.items())
     return traced.total_macs - sum(traced.site(name).macs - c.macs for name, c in plan.replaced.items())
-
-
-def _can_grow(plan: Plan, guard: GuardRecord) -> bool:
-    """Whether a looser limit may lead to another plan."""
-    limited = {Reason.EXCEEDS_MAX_DROP, Reason.NOT_TRIED}
-    return guard.selection is not None or any(kept.reason in limited for kept in plan.kept.values())
 
 
 def _planner(

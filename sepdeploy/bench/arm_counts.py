@@ -32,6 +32,7 @@ _LEAST_BURST, _MOST_BURST = 4, 64
 """What the allocator varies by, up to some thousand instructions, vanishes in bursts of so many."""
 
 _NOT_COUNTED = "it was not counted"
+_UNSTEADY = "its repeats differ by"
 
 
 def count_files(
@@ -132,8 +133,8 @@ def counts_of(core: ArmCore, file: GuestFile, place: GuestPlace | None = None) -
 def is_refused(reason: str) -> bool:
     """Whether a file has no counts for what it is, so that another try would end the same.
 
-    That is so where the runtime in the guest says no, the core lacks an instruction, or repeats differ. Guests that end
-    in another way may have been stopped, and counts that are missing may have met a full disk.
+    That is so where the runtime in the guest says no, or the core lacks an instruction. Guests that end in another way
+    may have been stopped, missing counts may have met a full disk, and repeats that differ may agree next time.
 
     Args:
         reason: As `count_files` gives it.
@@ -144,7 +145,10 @@ def is_refused(reason: str) -> bool:
     kind = getattr(builtins, reason.partition(": ")[0], None)  # of an exception in the guest, as bench.py has it
     is_of_guest = isinstance(kind, type) and issubclass(kind, (OSError, MemoryError, ImportError))
     has_ended = reason.startswith(GUEST) and "(SIGILL)" not in reason
-    return not (is_of_guest or has_ended or reason in (_NOT_COUNTED, INCOMPLETE) or sounds_passing(reason))
+    is_unsteady = reason.startswith(_UNSTEADY)
+    return not (
+        is_of_guest or has_ended or is_unsteady or reason in (_NOT_COUNTED, INCOMPLETE) or sounds_passing(reason)
+    )
 
 
 def require_counts(paths: Sequence[Path], results: Sequence[Counts | str]) -> list[Counts]:
@@ -197,7 +201,7 @@ def _is_unsteady(counts: Counts) -> bool:
 def _steady(result: Counts | str) -> Counts | str:
     if isinstance(result, Counts) and _is_unsteady(result):
         return (
-            f"its repeats differ by {100 * result.spread_ratio:.2g}% in instructions, more than "
+            f"{_UNSTEADY} {100 * result.spread_ratio:.2g}% in instructions, more than "
             f"{100 * _SPREAD_RATIO:g}%: it does not do the same each time"
         )
     return result

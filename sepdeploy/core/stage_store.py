@@ -61,7 +61,8 @@ class StageStore:
             name: The stage.
             inputs: Everything that the result depends on, as JSON data.
             files: What `make` writes.
-            make: Writes the files, each as a whole.
+            make: Writes the files, each as a whole under another name that it then changes (`replacing`): never in
+                place, for what was set aside may be the same file.
 
         Returns:
             Whether the stage ran.
@@ -103,12 +104,9 @@ class StageStore:
         self._write()
 
     def forget_aside(self) -> None:
-        """Remove what was set aside."""
-        if self._aside.exists():
-            try:
-                shutil.rmtree(self._aside)
-            except OSError as error:
-                raise output_error(self._aside, error) from error
+        """Remove what was set aside; what cannot be removed is in nobody's way."""
+        (self._aside / _RECORD).unlink(missing_ok=True)
+        shutil.rmtree(self._aside, ignore_errors=True)
 
     @property
     def _aside(self) -> Path:
@@ -195,7 +193,7 @@ def locked(folder: Path) -> Iterator[None]:
         for path in (
             folder,
             folder / "original",
-            *(work / part for part in ("", "quality", "int8", "finetune", "hook", "numerics")),
+            *(work / part for part in ("", "quality", "int8", "finetune", "finetune_int8", "hook", "numerics")),
         ):
             remove_temporaries(path)
         yield

@@ -110,9 +110,10 @@ def norms_behind_layers(network: nn.Module, names: Collection[str], graph: Graph
         if norm not in names or not isinstance(modules.get(layer), nn.Linear | nn.Conv1d | nn.ConvTranspose2d):
             continue
         is_alone = len(before.users) == len(before.args[1].users) == len(statistics.users) == 1
-        is_by_channel = operator(before) != "linear" or before.meta["val"].dim() == 2
+        is_by_channel = before.meta["val"].dim() == {"linear": 2, "conv1d": 3, "conv_transpose2d": 4}[operator(before)]
         is_grouped = operator(before) == "conv_transpose2d" and getattr(modules[layer], "groups", 1) > 1
         is_own = all(owners[id(weight)] == 1 for weight in modules[layer].parameters())
+        is_own &= not nn.utils.parametrize.is_parametrized(modules[layer])
         if is_alone and is_by_channel and is_own and not is_grouped:
             found[layer] = norm
     return found

@@ -10,7 +10,7 @@ from sepdeploy.core.price_cache import PriceCache
 from sepdeploy.core.progress import Progress, Silent
 from sepdeploy.core.selection import FusedBlock, Price, Unpriced
 from sepdeploy.planning.target import Target
-from sepdeploy.version import __version__
+from sepdeploy.version import RULES, __version__
 
 __all__ = ["NOT_MEASURED", "price_blocks"]
 
@@ -55,7 +55,7 @@ def price_blocks(
     """
     where = target.key()
     key = {**where, "seconds": seconds_per_block}  # what was timed in a hurry is not to last
-    refusal_key = {**where, "sepdeploy": __version__}  # another version may know how to write it
+    refusal_key = {**where, "sepdeploy": f"{__version__}, rules {RULES}"}  # another version may know how to write it
     prices: dict[tuple[FusedBlock, FusedBlock], Price | str] = {}
     missing: dict[FusedBlock, list[FusedBlock]] = {}
     for dense, others in groups.items():

@@ -38,11 +38,16 @@ def tflite_layer_name(tensor_names: Sequence[str], place: int) -> str:
 
     >>> tflite_layer_name(["torch.nn.BatchNorm2d#model.stages.0.norm;torch.nn.Conv2d#model.stages.0.conv_1;2"], 7)
     'stages.0.conv_1'
+    >>> tflite_layer_name(["net.ConvBlock#model.0;torch.nn.Conv2d#model.0.conv;1"], 7)
+    '0.conv'
     >>> tflite_layer_name(["serving_default_output_0_output", "arith.constant"], 7)
     'operator 7'
     """
     layers = [layer for name in tensor_names for path in name.split(";") if (layer := _LAYER.fullmatch(path))]
+    names = [layer["name"] for layer in layers]
     for layer in layers:
-        if "Conv" in layer["type"] or "Linear" in layer["type"]:
+        is_layer = "Conv" in layer["type"] or "Linear" in layer["type"]
+        # A 'ConvBlock' around the convolution is called like one too.
+        if is_layer and not any(name.startswith(f"{layer['name']}.") for name in names):
             return layer["name"]
-    return max((layer["name"] for layer in layers), key=lambda name: name.count("."), default=f"operator {place}")
+    return max(names, key=lambda name: name.count("."), default=f"operator {place}")

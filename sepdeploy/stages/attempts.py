@@ -6,8 +6,8 @@ next one is tighter by what the file lost too much. If recovery has not kept the
 each means another training, the guard does what it would have done without it: a promise that can be kept without
 recovery is not broken by trying.
 
-Where recovery keeps the promise with room to spare, one looser limit is tried too, between this one and those that
-broke it. What it has to beat is set aside meanwhile, and brought back if it does not.
+Where forms are chosen by their cost and recovery keeps the promise with room to spare, one looser limit is tried too,
+between this one and those that broke it. What it has to beat is set aside meanwhile, and brought back if it does not.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Attempt:
     Attributes:
         limit_points: Limit of the guard; None if there is none.
         is_recovering: Whether reconstruction and training follow.
+        is_trained: Whether that takes a training.
         tightenings: How often the limit was made tighter before.
-        most_tightenings: How often it may be.
         is_last: Whether its result stands, whatever it is.
         recovering_limit_points: Limit of the last attempt with recovery, once that was given up.
         broken_points: Least that a network lost when the guard measured it and that broke the promise in the end.
@@ -87,12 +87,18 @@ class Attempt:
 
     limit_points: float | None
     is_recovering: bool
+    is_trained: bool = False
     tightenings: int = 0
-    most_tightenings: int = _MAX_TIGHTENINGS
     is_last: bool = False
     recovering_limit_points: float | None = None
     broken_points: float | None = None
     held: Held | None = None
+
+    @property
+    def most_tightenings(self) -> int:
+        """How often the limit may be made tighter."""
+        is_brief = self.is_recovering and not self.is_trained
+        return _MAX_TIGHTENINGS_OF_RECONSTRUCTION if is_brief else _MAX_TIGHTENINGS
 
     def is_worth(self, cost: float) -> bool:
         """Whether a plan of this cost is worth another recovery."""
@@ -109,10 +115,9 @@ def first_attempt(options: ConvertOptions, *, is_trained: bool) -> Attempt:
     """Where to begin, given whether the network is fine-tuned."""
     is_recovering = options.reconstructs or is_trained
     if options.max_drop_points is None:
-        return Attempt(None, is_recovering)
-    most = _MAX_TIGHTENINGS_OF_RECONSTRUCTION if is_recovering and not is_trained else _MAX_TIGHTENINGS
+        return Attempt(None, is_recovering, is_trained)
     limit = options.max_drop_points + options.slack_points(is_trained=is_trained)
-    return Attempt(limit, is_recovering, most_tightenings=most)
+    return Attempt(limit, is_recovering, is_trained)
 
 
 def next_attempt(
@@ -135,7 +140,9 @@ def next_attempt(
             if attempt.tightenings == attempt.most_tightenings - 1:
                 limit = min(limit, max_drop_points)
         limit = max(limit, 0.0)
-        broken = min(guard_drop_points, attempt.broken_points or guard_drop_points)
+        broken = guard_drop_points
+        if attempt.broken_points is not None:
+            broken = min(broken, attempt.broken_points)
         return replace(attempt, limit_points=limit, tightenings=attempt.tightenings + 1, broken_points=broken)
     if attempt.is_recovering:
         return replace(without_recovery(max_drop_points), recovering_limit_points=attempt.limit_points)
@@ -161,8 +168,7 @@ def looser_attempt(
         return None  # without recovery the guard has filled the limit; and once is enough
     if max_drop_points == 0:
         return None
-    is_trained = attempt.most_tightenings < _MAX_TIGHTENINGS_OF_RECONSTRUCTION
-    if file_drop_points > (_FULL_RATIO_OF_TRAINING if is_trained else _FULL_RATIO) * max_drop_points:
+    if file_drop_points > (_FULL_RATIO_OF_TRAINING if attempt.is_trained else _FULL_RATIO) * max_drop_points:
         return None
     lost = max(file_drop_points, _LEAST_LOSS_RATIO * max_drop_points)
     limit = max(guard_drop_points, lost) * _AIM_RATIO * max_drop_points / lost
@@ -227,7 +233,10 @@ class Attempts:
     ) -> None:
         self._store, self._promise = store, promise
         self._file = AttemptFile(store.work / "limit.json", inputs)
-        self.present = (self._file.read() if resumes else None) or first
+        known = self._file.read() if resumes else None
+        self.present = known or first
+        if known is not None and known.is_last and known.held is None:
+            store.bring_back()  # where a killed run was about to; else there is nothing
 
     def after_failure(self, guard: GuardRecord, drops: Drops) -> bool:
         """Whether there is another attempt after one whose file loses more than promised."""
@@ -241,8 +250,12 @@ class Attempts:
     def after_success(self, guard: GuardRecord, drops: Drops, cost: float) -> bool:
         """Whether a looser limit is worth an attempt after one that kept the promise with a plan of this cost."""
         looser = looser_attempt(self.present, self._given_promise(), guard.quality.drop_points, drops.file, cost)
-        if looser is not None:
+        if looser is None:
+            return False
+        try:
             self._store.set_aside()
+        except UsageError:  # the disk is full: what there is stands
+            return False
         return self._take(looser)
 
     def after_nothing(self, guard: GuardRecord) -> bool:
@@ -253,13 +266,14 @@ class Attempts:
 
     def go_back(self) -> bool:
         """Bring back what kept the promise; True, for that is one more attempt."""
+        self._take(self.present.back())  # first, so that a run that is killed in between goes on here
         self._store.bring_back()
-        return self._take(self.present.back())
+        return True
 
     def finish(self) -> None:
         """The present attempt stands."""
         self._store.forget_aside()
-        self._file.write(replace(self.present, is_last=True))
+        self._file.write(replace(self.present, is_last=True, held=None))
 
     def _take(self, attempt: Attempt | None) -> bool:
         if attempt is None:

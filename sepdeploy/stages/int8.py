@@ -136,7 +136,8 @@ def prepare_network(
         weights_sha256: Hash of its weights.
         seed: Of the choice of images.
         progress: Told what is going on.
-        settled: Ranges that the network was trained with; then they are kept, and so are the weights.
+        settled: Ranges that the network was trained with; then they are kept, and so are the weights, but for dead
+            channels.
         joined: Layer -> lowerings that `folded` has behind it.
     """
     weights_path, record_path = (store.work / f"int8.{role.value}{suffix}" for suffix in (".pt", ".json"))
@@ -187,13 +188,18 @@ def without_lone_norms(folded: nn.Module, example: Tensor) -> tuple[nn.Module, L
         behind = norms_behind_layers(folded, names, capture_graph(folded, example))
     except UnsupportedModelError:
         behind = {}
-    norms = LoneNorms(behind, tuple(name for name in names if name not in behind.values()))
-    network = _rewritten(folded, norms)
-    try:
-        error = largest_error(*(run_network(each, example) for each in (folded, network)))
-    except Exception:  # whatever Python code does with what it takes for a norm
-        return folded, LoneNorms()
-    return (network, norms) if error <= NUMERIC_TOLERANCE else (folded, LoneNorms())
+    for norms in (
+        LoneNorms(behind, tuple(name for name in names if name not in behind.values())),
+        LoneNorms({}, names),
+    ):
+        try:
+            network = _rewritten(folded, norms)
+            error = largest_error(*(run_network(each, example) for each in (folded, network)))
+        except Exception:  # whatever Python code does with what it takes for a norm
+            continue
+        if error <= NUMERIC_TOLERANCE:
+            return network, norms
+    return folded, LoneNorms()
 
 
 def _rewritten(folded: nn.Module, norms: LoneNorms) -> nn.Module:

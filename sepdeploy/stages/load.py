@@ -18,7 +18,7 @@ from sepdeploy.data.preprocess import Preprocess, read_preprocess
 from sepdeploy.errors import UsageError
 from sepdeploy.loading.arch import Architecture
 from sepdeploy.loading.model import load_model
-from sepdeploy.version import __version__
+from sepdeploy.version import RULES, __version__
 
 __all__ = ["Inputs", "architecture_source", "load_inputs", "summarize_images"]
 
@@ -52,6 +52,7 @@ class Inputs:
         """What decides how the network computes and what it takes, for the records of the stages."""
         return {
             "version": __version__,
+            "rules": RULES,
             "torch": torch.__version__,
             "model": self.model_sha256,
             "arch": self.architecture.spec.rpartition(".py:")[2],  # the file is known by its hash, wherever it lies

@@ -101,9 +101,12 @@ def weigh(
             notes=prices.notes,
             takes_slower_forms=options.selection.takes_slower_forms,
         )
-        write_json(path, selection)
+        # What can never be measured here must not start all that follows anew, only for another time of the original.
+        is_known = lacking is not None and replace(selection, original_cost=lacking.original_cost) == lacking
+        write_json(path, lacking if is_known else selection)
 
-    if _lacks_prices(path):
+    lacking = _lacking_prices(path)
+    if lacking is not None:
         path.unlink()
     if not store.run("weigh", key, (path,), make):
         processes.told(())  # nothing to measure
@@ -115,13 +118,14 @@ def _the_users(lowering: tuple[str, ...]) -> TargetLowerings:
     return lambda _form: (lowering,)
 
 
-def _lacks_prices(path: Path) -> bool:
-    """Whether prices were not measured for want of time, memory or disk: the next run is to go on with them."""
+def _lacking_prices(path: Path) -> Selection | None:
+    """What was weighed before, if prices were not measured for want of time, memory or disk: those are tried again."""
     try:
         weighed = read_json(Selection, path)
     except UsageError:  # not there or damaged: made anew in any case
-        return False
-    return any(why.startswith(NOT_MEASURED) for layer in weighed.layers for why in layer.refused.values())
+        return None
+    is_lacking = any(why.startswith(NOT_MEASURED) for layer in weighed.layers for why in layer.refused.values())
+    return weighed if is_lacking else None
 
 
 def damage_key(options: ConvertOptions, inputs: Inputs) -> dict[str, object]:
@@ -262,7 +266,7 @@ def _missing_notes(found: Mapping[tuple[FusedBlock, FusedBlock], Price | str]) -
     if not missing:
         return ()
     reason = missing[0].removeprefix(NOT_MEASURED)
-    return (f"{plural(len(missing), 'form')} of layers not measured ({reason}); the next run goes on with them",)
+    return (f"{plural(len(missing), 'form')} of layers not measured ({reason})",)
 
 
 @dataclass(frozen=True, slots=True)

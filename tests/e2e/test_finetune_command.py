@@ -21,7 +21,6 @@ from sepdeploy.core.report import Drops
 from sepdeploy.core.training import ReconstructOptions, TrainOptions
 from sepdeploy.errors import UsageError
 from sepdeploy.stages.bundle import read_weights
-from sepdeploy.stages.reopen import read_plan
 
 BRIEF = ReconstructOptions(block_steps=10, network_steps=30, batch_size=32, augment=())
 TRAINING = (
@@ -212,44 +211,6 @@ def test_a_promise_that_recovery_does_not_keep_is_tried_without(options, tmp_pat
     goes_back = len(attempts) == given_up + 4
     assert goes_back == (last.name == "reconstructed")
     assert not goes_back or attempts[-1] == attempts[given_up - 1]
-
-
-@pytest.mark.parametrize("last_drop", [1.9, 2.1])
-def test_room_to_spare_is_used_where_the_promise_still_holds(options, tmp_path, monkeypatch, unexported, last_drop):
-    plans, reconstructions = [], []
-    guard, reconstruct = pipeline.run_guard, importlib.import_module("sepdeploy.train.reconstruct").reconstruct
-
-    def watched_guard(*arguments):
-        made = guard(*arguments)
-        plans.append((arguments[7], tuple(made[0].replaced)))
-        return made
-
-    def counted(*arguments, **keywords):
-        reconstructions.append(len(plans))
-        return reconstruct(*arguments, **keywords)
-
-    drops = iter([0.4, last_drop])
-    monkeypatch.setattr(pipeline, "run_guard", watched_guard)
-    monkeypatch.setattr("sepdeploy.train.reconstruct.reconstruct", counted)
-    monkeypatch.setattr(pipeline, "measure_drops", lambda *_: Drops(next(drops), network=0.4, original_file=0.0))
-    output = tmp_path / "out"
-    target = replace(options, output=output, max_drop_points=2.0, recoverable_points=5.0)
-    last = sepdeploy.convert(target)
-    (first, replaced), (looser, more), *back = plans
-    assert looser > first == 7
-    assert len(more) > len(replaced) > 0
-    assert reconstructions == [1, 2]
-    assert last.name == "reconstructed"
-    kept = replaced if last_drop > 2 else more
-    assert [limit for limit, _ in back] == ([7] if last_drop > 2 else [])
-    assert tuple(read_plan(output)[1].replaced) == kept
-    weights = (output / "model.pt").read_bytes()
-    assert weights == (output / "work" / "reconstructed.pt").read_bytes()
-    assert not (output / "work" / "aside").exists()
-
-    monkeypatch.setattr("sepdeploy.train.reconstruct.reconstruct", None)  # nothing is left to be done
-    sepdeploy.convert(target)
-    assert (output / "model.pt").read_bytes() == weights
 
 
 def test_moved_inputs_are_asked_for_and_found(workplace, conversion, bundle, tmp_path, capfd, unexported):

@@ -8,15 +8,22 @@ import pytest
 
 import sepdeploy
 import sepdeploy.pipeline
+from sepdeploy import pipeline
 from sepdeploy.cli.main import run
 from sepdeploy.core.codec import read_json
 from sepdeploy.core.options import SelectionOptions
 from sepdeploy.core.plan import Plan, Reason
+from sepdeploy.core.report import Drops
 from sepdeploy.core.selection import Selection
+from sepdeploy.core.stage_store import StageStore
+from sepdeploy.core.training import ReconstructOptions
 from sepdeploy.errors import UsageError
 from sepdeploy.planning import local_target
+from sepdeploy.stages.reopen import read_plan
+from sepdeploy.train import reconstruct
 
 QUICK = SelectionOptions(seconds_per_block=0.02)
+BRIEF = ReconstructOptions(block_steps=5, network_steps=10, batch_size=32, augment=())
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +161,75 @@ def test_folders_of_others_are_left_alone(options, tmp_path):
         sepdeploy.plan(options, tmp_path)
     with pytest.raises(UsageError, match="chosen by --scheme auto"):
         sepdeploy.plan(dataclasses.replace(options, scheme="low_rank", selection=SelectionOptions()), tmp_path / "new")
+
+
+class Loosened:
+    """A conversion for few MACs whose file is said to lose little at first; what the attempts did."""
+
+    def __init__(self, options, monkeypatch, output, last_drop):
+        self.output, self.plans, self.reconstructions, self.fails = output, [], 0, False
+        self.target = dataclasses.replace(
+            options, output=output, max_drop_points=2.0, recoverable_points=5.0, reconstruct=BRIEF,
+            selection=dataclasses.replace(QUICK, goal="macs"),
+        )  # fmt: skip
+        self._select, self._reconstruct = pipeline.run_selection, reconstruct.reconstruct
+        self._drops = iter([0.4, last_drop])
+        monkeypatch.setattr(pipeline, "run_selection", self.selected)
+        monkeypatch.setattr("sepdeploy.train.reconstruct.reconstruct", self.reconstructed)
+        monkeypatch.setattr(pipeline, "measure_drops", lambda *_: Drops(next(self._drops), 0.4, 0.0))
+        monkeypatch.setattr(pipeline, "finish_bundle", lambda *arguments: arguments[6])  # the network
+
+    def selected(self, *arguments):
+        made = self._select(*arguments)
+        self.plans.append((arguments[6], made[0]))
+        return made
+
+    def reconstructed(self, *arguments, **keywords):
+        self.reconstructions += 1
+        if self.fails and self.reconstructions == 2:
+            raise UsageError("the training diverged")
+        return self._reconstruct(*arguments, **keywords)
+
+    def convert(self):
+        last = sepdeploy.convert(self.target)
+        assert last.name == "reconstructed"
+        assert not (self.output / "work" / "aside").exists()
+        weights = (self.output / "model.pt").read_bytes()
+        assert weights == (self.output / "work" / "reconstructed.pt").read_bytes()
+        return read_plan(self.output)[1], weights
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("last_drop", [1.9, 2.1])
+def test_room_to_spare_is_used_where_the_promise_still_holds(options, tmp_path, monkeypatch, last_drop, fails):
+    run_ = Loosened(options, monkeypatch, tmp_path / "out", last_drop)
+    run_.fails = fails
+    plan, weights = run_.convert()
+    (first, smaller), (looser, larger), *back = run_.plans
+    assert looser > first == 7
+    assert macs(larger) < macs(smaller)
+    is_kept = last_drop < 2 and not fails
+    assert plan == (larger if is_kept else smaller)
+    assert [limit for limit, _ in back] == ([] if is_kept else [7])
+    assert run_.reconstructions == 2
+    assert run_.convert() == (plan, weights)
+    assert run_.reconstructions == 2, "nothing is left to be done"
+
+
+def test_a_run_that_is_killed_on_the_way_back_goes_on_there(options, tmp_path, monkeypatch):
+    run_ = Loosened(options, monkeypatch, tmp_path / "out", 2.1)
+    with monkeypatch.context() as killed:
+        killed.setattr(StageStore, "bring_back", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sepdeploy.convert(run_.target)
+    plan, _ = run_.convert()
+    assert plan == run_.plans[0][1]
+    assert run_.reconstructions == 2
+
+
+def interrupted(_store):
+    raise KeyboardInterrupt
+
+
+def macs(plan):
+    return sum(plan.replaced[d.name].macs if d.name in plan.replaced else d.macs for d in plan.decisions)

@@ -27,13 +27,13 @@ def options(**changes) -> ConvertOptions:
 @pytest.mark.parametrize(
     ("changes", "is_trained", "expected"),
     [
-        ({}, False, Attempt(4.0, is_recovering=True, most_tightenings=3)),
-        ({}, True, Attempt(11.0, is_recovering=True)),
+        ({}, False, Attempt(4.0, is_recovering=True)),
+        ({}, True, Attempt(11.0, is_recovering=True, is_trained=True)),
         ({"reconstruct": None}, False, Attempt(1.0, is_recovering=False)),
-        ({"reconstruct": None}, True, Attempt(11.0, is_recovering=True)),
+        ({"reconstruct": None}, True, Attempt(11.0, is_recovering=True, is_trained=True)),
         ({"transfer": "data-free"}, False, Attempt(1.0, is_recovering=False)),
-        ({"recoverable_points": 0.0}, False, Attempt(1.0, is_recovering=True, most_tightenings=3)),
-        ({"recoverable_points": 7.5}, True, Attempt(8.5, is_recovering=True)),
+        ({"recoverable_points": 0.0}, False, Attempt(1.0, is_recovering=True)),
+        ({"recoverable_points": 7.5}, True, Attempt(8.5, is_recovering=True, is_trained=True)),
         ({"max_drop_points": None}, False, Attempt(None, is_recovering=True)),
     ],
 )
@@ -79,19 +79,19 @@ def test_what_is_not_won_back_tightens_the_limit():
 
 
 def test_reconstruction_is_given_one_more_try_before_nothing_is_counted_on():
-    attempt = Attempt(4.0, is_recovering=True, tightenings=1, most_tightenings=3)
+    attempt = Attempt(4.0, is_recovering=True, tightenings=1)
     third = next_attempt(attempt, 1.0, 2.4, 1.2)
-    assert third == Attempt(2.0, is_recovering=True, tightenings=2, most_tightenings=3, broken_points=2.4)
+    assert third == Attempt(2.0, is_recovering=True, tightenings=2, broken_points=2.4)
     assert next_attempt(third, 1.0, 2.0, 1.1).limit_points == 1.0
 
 
 def test_the_third_attempt_with_training_does_not_count_on_it():
-    attempt = Attempt(4.0, is_recovering=True)
+    attempt = Attempt(4.0, is_recovering=True, is_trained=True)
     second = next_attempt(attempt, 1.0, 4.0, 2.0)
-    assert second == Attempt(2.0, is_recovering=True, tightenings=1, broken_points=4.0)
+    assert second == Attempt(2.0, is_recovering=True, is_trained=True, tightenings=1, broken_points=4.0)
     third = next_attempt(second, 1.0, 2.0, 1.1)
-    assert third == Attempt(1.0, is_recovering=True, tightenings=2, broken_points=2.0)
-    fallback = next_attempt(Attempt(1.0, is_recovering=True, tightenings=2), 1.0, 0.9, 1.1)
+    assert third == Attempt(1.0, is_recovering=True, is_trained=True, tightenings=2, broken_points=2.0)
+    fallback = next_attempt(Attempt(1.0, is_recovering=True, is_trained=True, tightenings=2), 1.0, 0.9, 1.1)
     assert fallback == Attempt(1.0, is_recovering=False, recovering_limit_points=1.0)
 
 
@@ -112,7 +112,7 @@ def test_a_promise_that_holds_without_recovery_is_never_broken_by_it(won, int8, 
 
 
 def test_room_to_spare_is_tried_once_between_what_held_and_what_broke():
-    second = next_attempt(Attempt(4.0, is_recovering=True, most_tightenings=3), 1.0, 3.0, 1.5)
+    second = next_attempt(Attempt(4.0, is_recovering=True), 1.0, 3.0, 1.5)
     assert (second.limit_points, second.broken_points) == (2.0, 3.0)
     looser = looser_attempt(second, 1.0, 2.0, 0.5, cost=10.0)
     assert (looser.limit_points, looser.held) == (2.5, Held(2.0, 10.0)), "the middle: 3.8 would break it again"
@@ -123,7 +123,7 @@ def test_room_to_spare_is_tried_once_between_what_held_and_what_broke():
 
 
 def test_the_looser_limit_is_in_proportion_to_what_was_lost():
-    attempt = Attempt(4.0, is_recovering=True, most_tightenings=3)
+    attempt = Attempt(4.0, is_recovering=True)
     assert looser_attempt(attempt, 1.0, 3.0, 0.5, cost=1.0).limit_points == pytest.approx(5.7)
     assert looser_attempt(attempt, 1.0, 3.0, -0.4, cost=1.0).limit_points == pytest.approx(14.25), "of nothing, not all"
     assert looser_attempt(attempt, 1.0, 1.0, 0.7, cost=1.0) is None, "the guard had more room than that"
@@ -131,14 +131,14 @@ def test_the_looser_limit_is_in_proportion_to_what_was_lost():
 
 
 def test_another_training_needs_more_room():
-    attempt = Attempt(11.0, is_recovering=True)
+    attempt = Attempt(11.0, is_recovering=True, is_trained=True)
     assert looser_attempt(attempt, 1.0, 10.5, 0.6, cost=1.0) is None
     assert looser_attempt(attempt, 1.0, 10.5, 0.4, cost=1.0).limit_points > 11
 
 
 @pytest.mark.parametrize("changes", [{"is_recovering": False}, {"is_last": True}, {"limit_points": None}])
 def test_what_is_settled_is_not_loosened(changes):
-    attempt = replace(Attempt(4.0, is_recovering=True, most_tightenings=3), **changes)
+    attempt = replace(Attempt(4.0, is_recovering=True), **changes)
     assert looser_attempt(attempt, 1.0, 3.0, 0.1, cost=1.0) is None
 
 

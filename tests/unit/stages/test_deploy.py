@@ -175,6 +175,26 @@ def test_a_norm_that_the_network_reads_otherwise_stays():
     assert without_lone_norms(network, torch.from_numpy(Images.pixels[:1])) == (network, LoneNorms())
 
 
+class OneSignal(nn.Module):
+    """A 1-d convolution without a batch: what follows it takes its channels for images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(8, 8, 3), nn.BatchNorm1d(62)
+
+    def forward(self, x):
+        return self.norm(self.conv(x.flatten(2)[0]))
+
+
+def test_norms_behind_layers_that_cannot_take_them_become_convolutions():
+    parametrized = nn.Sequential(nn.Flatten(), nn.Linear(512, 4), nn.BatchNorm1d(4)).eval()
+    nn.utils.parametrize.register_parametrization(parametrized[1], "bias", nn.Identity())
+    for network, norm, shape in ((parametrized, "2", (1, 8, 8, 8)), (OneSignal().eval(), "norm", (1, 8, 8, 8))):
+        written, norms = without_lone_norms(network, torch.randn(shape))
+        assert norms == LoneNorms({}, (norm,))
+        assert written is not network
+
+
 def test_another_lowering_makes_the_files_anew(tmp_path):
     run = Run(tmp_path, SHUFFLED)
     run.deploy()

@@ -7,7 +7,7 @@ from sepdeploy.core.codec import write_json
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.selection import Choice, LayerChoices, Selection
 from sepdeploy.planning.price import NOT_MEASURED
-from sepdeploy.stages.weigh import _first_reason, _lacks_prices, _missing_notes
+from sepdeploy.stages.weigh import _first_reason, _lacking_prices, _missing_notes
 
 
 @pytest.mark.parametrize(("why", "is_lacking"), [(f"{NOT_MEASURED}no time", True), ("it cannot be built", False)])
@@ -15,7 +15,7 @@ def test_only_what_the_time_did_not_last_for_is_made_up_for(tmp_path, why, is_la
     layer = LayerChoices("0", (Choice("dense", None, (), 0.0, 0.0, 0.0, 0.0, 9, 9),), {"low_rank r=2": why})
     weighed = Selection({"0": "dense"}, "abc", "ort", Precision.FLOAT32, 1, "ms", Method.WALL_CLOCK, 1.0, (layer,))
     write_json(tmp_path / "selection.json", weighed)
-    assert _lacks_prices(tmp_path / "selection.json") is is_lacking
+    assert _lacking_prices(tmp_path / "selection.json") == (weighed if is_lacking else None)
 
 
 def test_of_several_reasons_the_one_counts_that_the_next_run_may_do_away_with():
@@ -26,9 +26,9 @@ def test_of_several_reasons_the_one_counts_that_the_next_run_may_do_away_with():
 def test_what_is_missing_is_said():
     found = {("dense", 1): f"{NOT_MEASURED}no time", ("dense", 2): "refused", ("dense", 3): f"{NOT_MEASURED}no memory"}
     (note,) = _missing_notes(found)
-    assert note == "2 forms of layers not measured (no time); the next run goes on with them"
+    assert note == "2 forms of layers not measured (no time)"
     assert _missing_notes({("dense", 2): "refused"}) == ()
 
 
 def test_no_table_lacks_nothing(tmp_path):
-    assert not _lacks_prices(tmp_path / "selection.json")
+    assert _lacking_prices(tmp_path / "selection.json") is None
