@@ -108,16 +108,24 @@ class Study:
             network = convert_network(original, self.trace, plan, tensor_batches(self.calibration, 64))[0]
         self.network = copy_network(network).eval()
         fold_batchnorm(self.network, {site.name: site.norm for site in self.trace.sites if site.norm})
+        self.joined = copy_network(self.network)  # as `convert` does before ranges and roundings are found
+        lower_chains(self.joined, ("fold_norm", "terms_as_concat"))
         self.fit, self.held_out = range_images(SimpleNamespace(calibration=self.calibration), 0)
         self.folder = folder
+        self._prepared = {}
 
     def prepared(self, column: str):
-        """The network as a column quantizes it."""
+        """The network as a column quantizes it, once for both formats."""
+        if column not in self._prepared:
+            self._prepared = {column: self._prepare(column)}
+        return self._prepared[column]
+
+    def _prepare(self, column: str):
         if column in ("ours", "adaptive"):
             inputs = SimpleNamespace(calibration=self.calibration, example=lambda: self.example)
             options = Int8Options(rounds_adaptively=column == "adaptive")
-            return prepare_for_int8(options, inputs, self.trace, self.network, 0)
-        network = copy_network(self.network)
+            return prepare_for_int8(options, inputs, self.trace, self.joined, 0)
+        network = copy_network(self.joined)
         if column == "balanced":
             equalize_channels(network, self.example, tensor_batches(self.fit, 32))
         options = Int8Options("minmax", equalizes=False, corrects_bias=False)

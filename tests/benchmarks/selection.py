@@ -31,6 +31,7 @@ from transfer_quality import unpack
 
 from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.artifact import Precision, Role
+from sepdeploy.core.int8 import PLAIN
 from sepdeploy.core.options import TARGETS, ConvertOptions, SelectionOptions
 from sepdeploy.core.plan import lowered_for
 from sepdeploy.core.progress import Progress
@@ -126,7 +127,8 @@ class Study:
             np.savez(images, images=pixels)
         self.options = ConvertOptions(
             model, arch, str(images), preprocess=preprocess, target=target, precision=Precision(precision),
-            formats=(TARGETS[target],), threads=threads, output=folder / "-".join(map(str, self.name)),
+            formats=(TARGETS[target],), precisions=tuple(dict.fromkeys((Precision.FLOAT32, Precision(precision)))),
+            int8=PLAIN, threads=threads, output=folder / "-".join(map(str, self.name)),
             selection=SelectionOptions(seconds_per_block=arguments.seconds_per_block),
         )  # fmt: skip
         self.progress = Said()
