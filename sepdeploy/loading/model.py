@@ -14,7 +14,6 @@ from sepdeploy.errors import UnsupportedModelError, UsageError
 from sepdeploy.loading.arch import Architecture, build_architecture
 from sepdeploy.loading.checkpoint import LoadedWeights, load_state_dict
 from sepdeploy.loading.mismatch import describe_mismatch, find_mismatch
-from sepdeploy.loading.split_norms import compound_norms, split_norms
 
 __all__ = ["LoadedModel", "load_model"]
 
@@ -40,8 +39,7 @@ def load_model(model_path: Path, arch: str) -> LoadedModel:
     """Build the architecture `arch` and load the checkpoint at `model_path` into it.
 
     Every weight must find its place, except counters of batch norms (`num_batches_tracked`), which inference ignores.
-    A prefix that all names of one side share and the other side lacks is no difference. Batch norms with an activation
-    inside are taken apart (`split_norms`), which changes the names of their weights but nothing that is computed.
+    A prefix that all names of one side share and the other side lacks is no difference.
 
     Args:
         model_path: See `load_state_dict`.
@@ -70,9 +68,7 @@ def load_model(model_path: Path, arch: str) -> LoadedModel:
     except Exception as error:  # the user's network may have loading hooks of its own
         raise UsageError(f"{model_path} cannot be loaded into {arch}: {type(error).__name__}: {error}") from error
     notes = (*weights.notes, *prefix_note, *_note_dtypes(tensors), *_note_not_finite(tensors))
-    module.eval()
-    module = split_norms(module, compound_norms(module))
-    return LoadedModel(module=module, weights=weights, architecture=architecture, notes=notes)
+    return LoadedModel(module=module.eval(), weights=weights, architecture=architecture, notes=notes)
 
 
 def _check_module(module: nn.Module, arch: str) -> None:

@@ -16,7 +16,6 @@ from sepdeploy.core.manifest import ArchitectureSource, Manifest
 from sepdeploy.core.plan import Plan
 from sepdeploy.errors import UsageError
 from sepdeploy.loading.arch import build_architecture
-from sepdeploy.loading.split_norms import NORM, compound_norms, split_norms
 from sepdeploy.passes.replace_convs import copy_network, replace_modules
 from sepdeploy.schemes.module import chain_class
 
@@ -49,11 +48,7 @@ def load(bundle: str | Path, arch: str | None = None) -> nn.Module:
             raise UsageError(f"{path} is missing or not the file that {manifest_path} lists; convert again")
     plan = read_json(Plan, folder / "plan.json")
     network = build_architecture(arch or _recorded_spec(manifest.arch)).module
-    weights = read_weights(folder / "model.pt")
-    # A converted network's are split; a design is saved as its architecture has them.
-    split = [name for name in compound_norms(network) if f"{name}.{NORM}.running_mean" in weights]
-    network = split_norms(network, split)
-    return rebuild(network, plan, weights)
+    return rebuild(network, plan, read_weights(folder / "model.pt"))
 
 
 def rebuild(network: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> nn.Module:
