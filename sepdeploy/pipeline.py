@@ -119,10 +119,9 @@ def _convert(
     weighed = sha256_of_file(store.work / "selection.json") if options.selects else None
     basis = {**inputs.network_key(), **limit_options(options, inputs, hook), "weighed": weighed}
     is_known = hook is None or hook.key is not None  # two closures of one name may do different things
-    promise = options.max_drop_points
-    attempts = Attempts(store, basis, first_attempt(options, is_trained=is_trained), promise, resumes=is_known)
-
+    attempts = Attempts(store, basis, first_attempt(options, is_trained=is_trained), resumes=is_known)
     is_limited = options.selects and options.selection.has_limit
+    promise = None if is_limited else options.max_drop_points
 
     def tried(attempt: Attempt) -> _Tried | None:
         """What an attempt comes to; None if it is not worth the recovery."""
@@ -140,13 +139,13 @@ def _convert(
             last = train_network(recovery, inputs, untrained, hook, is_quantization_aware=is_aware)
         recovery.finish(last)
         drops = None
-        if promise is not None and plan.replaced and not attempt.is_last and not is_limited:
+        if promise is not None and plan.replaced and not attempt.is_last:
             drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
         return _Tried(plan, guard, untrained, last, cost, drops)
 
     # A hook's training is not repeated for more, and a given scheme has nothing that it makes small.
     may_loosen = hook is None and options.selects
-    found = _settled(attempts, tried, None if is_limited else promise, may_loosen=may_loosen, progress=progress)
+    found = _settled(attempts, tried, promise, may_loosen=may_loosen, progress=progress)
     attempts.finish()
     record = RunRecord(absolute_options(options, inputs.architecture), found.untrained.name)
     return finish_bundle(
@@ -189,8 +188,8 @@ def _settled(
         attempt = attempts.present
         try:
             found = tried(attempt)
-        except SepdeployError as error:
-            if attempt.held is None:
+        except (SepdeployError, MemoryError) as error:
+            if attempt.held is None or isinstance(error, ContractError):
                 raise
             progress.stage(f"a cheaper plan failed ({error}): going back")
             found = None
@@ -199,11 +198,11 @@ def _settled(
         elif promise is None or attempt.is_last:
             goes_on = False
         elif found.drops is None:
-            goes_on = attempts.after_nothing(found.guard)
+            goes_on = attempts.after_nothing(promise, found.guard)
         elif found.drops.file > promise:
-            goes_on = attempts.after_failure(found.guard, found.drops)
+            goes_on = attempts.after_failure(promise, found.guard, found.drops)
         else:
-            goes_on = may_loosen and attempts.after_success(found.guard, found.drops, found.cost)
+            goes_on = may_loosen and attempts.after_success(promise, found.guard, found.drops, found.cost)
     if found is None:
         raise ContractError("the last attempt was not carried out")
     return found
@@ -211,12 +210,12 @@ def _settled(
 
 def _plan_cost(options: ConvertOptions, plan: Plan, guard: GuardRecord, traced: Trace) -> float:
     """What a plan costs, in what it was chosen to make small: predicted latency, parameters or MACs."""
-    goal = options.selection.goal if options.selects else "macs"
+    goal = options.selection.goal
     if goal == "latency" and guard.selection is not None:
         return guard.selection.predicted_cost
     if goal == "params":
         return traced.total_params - sum(traced.site(name).params - c.params for name, c in plan.replaced.items())
-    return traced.total_macs - sum(traced.site(name).macs - c.macs for name, c in plan.replaced.items())
+    return plan.macs_of(traced)
 
 
 def _planner(

@@ -21,7 +21,7 @@ from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
 from sepdeploy.core.plan import Reason
 from sepdeploy.errors import UnsupportedModelError
 
-__all__ = ["conv_spec", "is_plain_batchnorm", "layer_spec", "output_tensors", "trace_network"]
+__all__ = ["conv_spec", "is_plain_batchnorm", "layer_spec", "output_tensors", "trace_network", "weight_owners"]
 
 
 def trace_network(model: nn.Module, example: Tensor, *, includes_linear: bool = False) -> Trace:
@@ -132,7 +132,7 @@ def _module_sites(model: nn.Module, recorder: Recorder, output_ids: set[int]) ->
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
-    owners = _weight_owners(model)
+    owners = weight_owners(model)
     norms = _following_batchnorms(recorder, output_ids)
     sites = []
     for conv in convs:
@@ -161,7 +161,7 @@ def _linear_sites(model: nn.Module, recorder: Recorder) -> list[tuple[ConvSite, 
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    owners = _weight_owners(model)
+    owners = weight_owners(model)
     sites = []
     for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
         numbered = [(i, call) for i, call in enumerate(recorder.linear_calls) if call.module is linear]
@@ -237,7 +237,7 @@ def _call_order(model: nn.Module, recorder: Recorder) -> list[str]:
     return [functional.get(id(o)) or names[id(o.conv_module)] for o in recorder.operations]
 
 
-def _weight_owners(model: nn.Module) -> Counter[int]:
+def weight_owners(model: nn.Module) -> Counter[int]:
     """How many modules hold each parameter, by id."""
     return Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
 

@@ -6,11 +6,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from sepdeploy.core.artifact import Precision
 from sepdeploy.core.chain import ChainSum, Size
 from sepdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from sepdeploy.core.conv import Trace
 
 __all__ = [
     "MAX_FACTORS",
@@ -225,6 +228,10 @@ class Plan:
     def kept(self) -> dict[str, Kept]:
         """Name -> reason for every convolution that stays, in order."""
         return {d.name: d.outcome for d in self.decisions if isinstance(d.outcome, Kept)}
+
+    def macs_of(self, trace: Trace) -> int:
+        """Multiply-accumulates of the whole network as the plan makes it, one image."""
+        return trace.total_macs - sum(trace.site(name).macs - c.macs for name, c in self.replaced.items())
 
     def with_outcome(self, name: str, outcome: Replaced | Kept) -> Plan:
         """The same plan with another outcome for the convolution `name`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -85,6 +85,10 @@ class StageStore:
         record = self._records.get(name)
         return record is not None and record.get("files") == self._hashes(files)
 
+    def forget(self, name: str) -> None:
+        """Let the stage run once more; its files stay until it has replaced them."""
+        self._records.pop(name, None)
+
     def set_aside(self) -> None:
         """Remember what the stages have made up to now, for `bring_back`; it takes no space until it changes."""
         self.forget_aside()
@@ -105,7 +109,8 @@ class StageStore:
 
     def forget_aside(self) -> None:
         """Remove what was set aside; what cannot be removed is in nobody's way."""
-        (self._aside / _RECORD).unlink(missing_ok=True)
+        with suppress(OSError):
+            (self._aside / _RECORD).unlink()
         shutil.rmtree(self._aside, ignore_errors=True)
 
     @property

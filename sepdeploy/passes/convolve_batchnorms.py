@@ -8,7 +8,6 @@ each channel has a single one and a scale of its own.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from sepdeploy.analyze.flow_graph import operator
-from sepdeploy.analyze.trace import is_plain_batchnorm
+from sepdeploy.analyze.trace import is_plain_batchnorm, weight_owners
 from sepdeploy.errors import ContractError
 from sepdeploy.passes.replace_convs import replace_modules
 from sepdeploy.schemes.module import ChainConv2d, batchnorm_affine
@@ -66,7 +65,7 @@ def lone_batchnorms(network: nn.Module, example: Tensor) -> tuple[str, ...]:
         network: In eval mode, the norms behind convolutions folded.
         example: One image, (1, ...).
     """
-    owners = _weight_owners(network)
+    owners = weight_owners(network)
     inside = {id(part) for chain in network.modules() if isinstance(chain, ChainConv2d) for part in chain.modules()}
     names = {
         name: module
@@ -98,7 +97,7 @@ def norms_behind_layers(network: nn.Module, names: Collection[str], graph: Graph
         names: Norms as `lone_batchnorms` gives them.
         graph: Of the network (`capture_graph`).
     """
-    modules, owners = dict(network.named_modules()), _weight_owners(network)
+    modules, owners = dict(network.named_modules()), weight_owners(network)
     found = {}
     for node in graph.graph.nodes:
         if "batch_norm" not in operator(node):
@@ -122,11 +121,6 @@ def norms_behind_layers(network: nn.Module, names: Collection[str], graph: Graph
 def _owner(node: object) -> str:
     """Name of the module whose weight a node is; empty where it is none."""
     return str(node.target).rpartition(".")[0] if isinstance(node, Node) and node.op == "get_attr" else ""
-
-
-def _weight_owners(network: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter, by id."""
-    return Counter(id(weight) for module in network.modules() for weight in module.parameters(recurse=False))
 
 
 @torch.no_grad()

@@ -224,32 +224,32 @@ class Attempts:
         store: Holds what an attempt has made while another is tried.
         inputs: What the choice of attempts depends on, as JSON data.
         first: Where to begin, if not where an earlier run with the same inputs was.
-        promise: --max-drop; None if there is none.
         resumes: Whether an earlier run is gone on from.
+
+    The `promise` of its methods is --max-drop.
     """
 
-    def __init__(
-        self, store: StageStore, inputs: dict[str, object], first: Attempt, promise: float | None, *, resumes: bool
-    ) -> None:
-        self._store, self._promise = store, promise
+    def __init__(self, store: StageStore, inputs: dict[str, object], first: Attempt, *, resumes: bool) -> None:
+        self._store = store
         self._file = AttemptFile(store.work / "limit.json", inputs)
         known = self._file.read() if resumes else None
         self.present = known or first
-        if known is not None and known.is_last and known.held is None:
+        if known is None:
+            store.forget_aside()  # what another conversion into the same folder may have left
+        elif known.is_last:
             store.bring_back()  # where a killed run was about to; else there is nothing
 
-    def after_failure(self, guard: GuardRecord, drops: Drops) -> bool:
+    def after_failure(self, promise: float, guard: GuardRecord, drops: Drops) -> bool:
         """Whether there is another attempt after one whose file loses more than promised."""
-        promise = self._given_promise()
         if self.present.held is not None:
             return self.go_back()
         if is_beyond_transfer(promise, drops):
             return False
         return self._take(next_attempt(self.present, promise, guard.quality.drop_points, drops.file))
 
-    def after_success(self, guard: GuardRecord, drops: Drops, cost: float) -> bool:
+    def after_success(self, promise: float, guard: GuardRecord, drops: Drops, cost: float) -> bool:
         """Whether a looser limit is worth an attempt after one that kept the promise with a plan of this cost."""
-        looser = looser_attempt(self.present, self._given_promise(), guard.quality.drop_points, drops.file, cost)
+        looser = looser_attempt(self.present, promise, guard.quality.drop_points, drops.file, cost)
         if looser is None:
             return False
         try:
@@ -258,9 +258,10 @@ class Attempts:
             return False
         return self._take(looser)
 
-    def after_nothing(self, guard: GuardRecord) -> bool:
+    def after_nothing(self, promise: float, guard: GuardRecord) -> bool:
         """Whether there is another attempt after one that left nothing to replace."""
-        promise = self._given_promise()
+        if self.present.held is not None:
+            return self.go_back()
         is_tightened = guard.limit_points is not None and guard.limit_points < promise
         return self._take(without_recovery(promise) if self.present.is_recovering and is_tightened else None)
 
@@ -281,11 +282,6 @@ class Attempts:
         self.present = attempt
         self._file.write(attempt)
         return True
-
-    def _given_promise(self) -> float:
-        if self._promise is None:
-            raise ContractError("without a promise there is one attempt")
-        return self._promise
 
 
 def limit_options(options: ConvertOptions, inputs: Inputs, hook: Hook | None) -> dict[str, object]:

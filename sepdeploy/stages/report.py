@@ -89,9 +89,6 @@ def make_report(
         replace(r, artifact=replace(r.artifact, path=Path(r.artifact.path).relative_to(folder).as_posix()))
         for r in results
     )
-    converted_macs = traced.total_macs - sum(
-        traced.site(name).macs - candidate.macs for name, candidate in plan.replaced.items()
-    )
     convs = len(traced.sites)
     memory_before, memory_after = (measure_memory(each, inputs.example()) for each in (inputs.network, network))
     return Report(
@@ -108,7 +105,7 @@ def make_report(
         calibration=summarize_images(inputs.calibration),
         validation=summarize_images(inputs.validation),
         original=NetworkCost(traced.total_macs, traced.total_params, convs),
-        converted=NetworkCost(converted_macs, sum(p.numel() for p in network.parameters()), convs),
+        converted=NetworkCost(plan.macs_of(traced), sum(p.numel() for p in network.parameters()), convs),
         original_memory=memory_before.memory,
         converted_memory=memory_after.memory,
         plan=plan,

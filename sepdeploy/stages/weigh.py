@@ -107,7 +107,7 @@ def weigh(
 
     lacking = _lacking_prices(path)
     if lacking is not None:
-        path.unlink()
+        store.forget("weigh")
     if not store.run("weigh", key, (path,), make):
         processes.told(())  # nothing to measure
     return read_json(Selection, path)

@@ -169,8 +169,7 @@ class Study:
         return self.trace.total_macs - sum(site.macs for site in self.trace.sites)
 
     def macs_ratio(self, plan: Plan) -> float:
-        saved = sum(self.trace.site(name).macs - c.macs for name, c in plan.replaced.items())
-        return 1 - saved / self.trace.total_macs
+        return plan.macs_of(self.trace) / self.trace.total_macs
 
     def _plan_of(self, scheme: str, chosen: dict[str, Candidate | None]) -> Plan:
         kept = Kept(Reason.NOT_CHEAPER)

@@ -1,6 +1,7 @@
 import pytest
 
 from sepdeploy.core.chain import Chain, ChainSum, Factor
+from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
 from sepdeploy.errors import UsageError
 
@@ -19,6 +20,14 @@ def test_views_keep_the_order_and_sum():
     )
     assert list(p.replaced) == ["z", "m"]
     assert list(p.kept) == ["a"]
+
+
+def test_a_plan_changes_the_macs_of_what_it_replaces_only():
+    calls = (ConvCall((1, 4, 5, 5), (1, 4, 5, 5), 30),) * 2
+    sites = tuple(ConvSite(name, "Conv2d", ConvSpec(4, 4, (1, 1)), calls, params=20) for name in "ab")
+    traced = Trace(sites, (1, 4, 5, 5), ((1, 4, 5, 5),), total_macs=200, total_params=50)
+    p = plan(Decision("a", 60, 20, Replaced(CANDIDATE)), Decision("b", 60, 20, Kept(Reason.POINTWISE)))
+    assert p.macs_of(traced) == 200 - 60 + 1
 
 
 def test_other_outcome_changes_one_decision_only():

@@ -116,6 +116,17 @@ def test_lock_removes_what_killed_runs_left_and_nothing_else(tmp_path):
         assert len(list(tmp_path.rglob("model.tmp.onnx"))) == 4
 
 
+def test_a_forgotten_stage_runs_once_more_and_keeps_its_file_until_then(tmp_path):
+    bundle = Bundle(tmp_path)
+    bundle.run("a")
+    bundle.store.forget("stage")
+    assert (tmp_path / "result").read_text() == "a"
+    with pytest.raises(UsageError):
+        bundle.run("a", fails=True)
+    assert (tmp_path / "result").read_text() == "a"
+    assert bundle.run("a")
+
+
 def test_what_was_set_aside_comes_back_with_its_record(tmp_path):
     bundle = Bundle(tmp_path)
     bundle.run("a")

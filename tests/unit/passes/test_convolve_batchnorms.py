@@ -153,3 +153,11 @@ def test_norms_behind_other_layers_are_folded_and_unfolded():
     fold_batchnorm(fresh, pairs)
     for output, expected in zip(fresh(x), net(x), strict=True):
         assert torch.allclose(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_parametrized_layer_keeps_the_norm_behind_it():
+    """Its weights are computed anew at every call: what is folded into them would be lost."""
+    net = nn.Sequential(nn.Linear(4, 4), trained(nn.BatchNorm1d(4)), nn.Linear(4, 4), trained(nn.BatchNorm1d(4))).eval()
+    nn.utils.parametrize.register_parametrization(net[2], "bias", nn.Identity())
+    x = torch.randn(2, 4)
+    assert norms_behind_layers(net, ("1", "3"), capture_graph(net, x)) == {"0": "1"}

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from sepdeploy.core.artifact import Format
+from sepdeploy.core.files import write_text
 from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.stage_store import StageStore
 from sepdeploy.core.training import ReconstructOptions
 from sepdeploy.stages.attempts import (
     Attempt,
     AttemptFile,
+    Attempts,
     Held,
     first_attempt,
     limit_options,
@@ -159,6 +162,27 @@ def test_the_attempt_is_remembered_for_the_same_inputs_only(tmp_path):
     assert AttemptFile(path, {"a": 2}).read() is None
     path.write_bytes(path.read_bytes()[:-5])
     assert AttemptFile(path, {"a": 1}).read() is None
+
+
+def test_what_another_conversion_set_aside_is_not_brought_back(tmp_path):
+    file = tmp_path / "made"
+    store = StageStore(tmp_path, on_change=lambda: None)
+    store.run("a", {}, (file,), lambda: write_text(file, "theirs"))
+    store.set_aside()  # by a run that was killed then
+    last = Attempt(3.0, is_recovering=True, is_last=True)
+    Attempts(store, {"max_drop": 2}, replace(last, is_last=False), resumes=True)
+    store.run("a", {"max_drop": 2}, (file,), lambda: write_text(file, "ours"))
+    AttemptFile(store.work / "limit.json", {"max_drop": 2}).write(last)  # killed before it was finished
+    assert Attempts(store, {"max_drop": 2}, last, resumes=True).present == last
+    assert file.read_text() == "ours"
+
+
+def test_a_looser_limit_that_leaves_nothing_goes_back(tmp_path):
+    store = StageStore(tmp_path, on_change=lambda: None)
+    looser = Attempt(5.0, is_recovering=True, held=Held(3.0, 10.0))
+    attempts = Attempts(store, {}, looser, resumes=True)
+    assert attempts.after_nothing(1.0, SimpleNamespace(limit_points=5.0))
+    assert attempts.present == Attempt(3.0, is_recovering=True, is_last=True)
 
 
 def test_no_reconstruction_is_an_option_too():
