@@ -85,6 +85,8 @@ def test_what_follows_a_convolution(run, activation) -> None:
         ("never_called", {"conv": "", "unused": ""}),
         ("norm_input_read_elsewhere", {"conv": ""}),
         ("norm_with_activation", {"0": ""}),
+        ("norm_with_children", {"0": "relu", "2": "", "4": "relu"}),  # no runtime fuses a PReLU
+        ("frozen_norm", {"a": "relu", "b": ""}),
         ("functional", {"conv": "relu", ":conv2d[0]": ""}),
     ],
 )

@@ -75,6 +75,26 @@ def test_norms_become_convolutions_and_the_function_stays():
     assert not any(module.training for module in net.modules())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["norm_with_children", "frozen_norm"])
+def test_norms_of_other_classes_with_what_they_hold(make_net, name):
+    """As in pre-activation networks of timm; the convolution before each is left out."""
+    parts = [module for module in make_net(name)[0].modules() if "running_mean" in module._buffers]
+    net = nn.Sequential(*parts).eval()
+    x = torch.randn(2, 8, 4, 5)
+    names = lone_batchnorms(net, x)
+    assert len(names) == len(parts)
+    changed = copy.deepcopy(net)
+    convolve_batchnorms(changed, names)
+    assert torch.allclose(changed(x), net(x), rtol=1e-5, atol=1e-5)
+    for weight in changed.parameters():
+        weight.mul_(1.1)
+    back = unfold_batchnorm(net, changed, {})
+    assert back.state_dict().keys() == net.state_dict().keys()
+    assert torch.allclose(back(x), changed(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(back(x), net(x), atol=1e-2)
+
+
 def test_norms_in_training_or_inside_of_a_form_stay():
     form = ChainSum((Chain((Factor(4, 4, (1, 1)), Factor(4, 4, (1, 1)))),))
     chain = ChainConv2d(form, ConvSpec(4, 4, (1, 1)), bias=False)
@@ -87,7 +107,7 @@ def test_norms_in_training_or_inside_of_a_form_stay():
 def test_frozen_norms_stay_frozen_and_others_are_our_bug():
     norm = trained(nn.BatchNorm2d(4)).requires_grad_(False)
     net = nn.Sequential(nn.ReLU(), norm)
-    with pytest.raises(ContractError, match="0 is no batch norm"):
+    with pytest.raises(ContractError, match="ReLU is no batch norm"):
         convolve_batchnorms(net, ["0"])
     convolve_batchnorms(net, ["1"])
     assert not any(weight.requires_grad for weight in net.parameters())
