@@ -99,7 +99,8 @@ def _converted(
 ) -> litert_torch.model.Model:
     with quiet() as printed:
         try:
-            import litert_torch
+            with silenced_native_stderr():
+                import litert_torch
         except ImportError as error:
             raise ToolError(
                 f"litert-torch cannot be imported ({first_line(error)}); "

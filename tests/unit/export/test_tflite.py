@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,3 +152,17 @@ def test_network_that_flattens_with_view_exports_channels_last(tmp_path):
     export_tflite(network, x, tmp_path / "v.tflite", is_channels_last=True)
     (found,) = run(tmp_path / "v.tflite", x.permute(0, 2, 3, 1).numpy()).values()
     np.testing.assert_allclose(found, network(x).detach().numpy(), atol=TOLERANCE)
+
+
+def test_the_first_import_of_the_converter_is_quiet_too(folder: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from sepdeploy.export.tflite import export_tflite\n"
+        "export_tflite(torch.nn.Conv2d(3, 4, 3).eval(), torch.zeros(1, 3, 8, 8), Path(sys.argv[1]),"
+        " is_channels_last=False)"
+    )
+    path = folder / "fresh.tflite"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    assert path.is_file()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
