@@ -6,7 +6,7 @@ not, the operators are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sepdeploy.analyze.batch_norms import behind_norm
 from sepdeploy.analyze.recorder import run_once, watching_modules
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.selection import Activation
@@ -54,7 +55,10 @@ def find_activations(model: nn.Module, example: Tensor, trace: Trace) -> dict[st
         UsageError: if the network does not run on an input of this shape.
     """
     ends = {site.norm or site.name: site.name for site in trace.sites if site.spec is not None and site.calls}
-    watch = _Watch({id(model.get_submodule(end)): site for end, site in ends.items()})
+    modules = {site: model.get_submodule(end) for end, site in ends.items()}
+    norms = (model.get_submodule(site.norm) for site in trace.sites if site.norm is not None)
+    holding = {id(norm) for norm in norms if not isinstance(behind_norm(norm), nn.Identity)}
+    watch = _Watch({id(module): site for site, module in modules.items()}, holding)
     with watching_modules(watch.enter, watch.leave), watch:
         returned = run_once(model, example.clone())  # a copy: networks may normalize their input in place
     for leaf in tree_leaves(returned):
@@ -64,15 +68,16 @@ def find_activations(model: nn.Module, example: Tensor, trace: Trace) -> dict[st
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records who reads the outputs of some modules; of those with children, what they compute before these.
+    """Records who reads the outputs of some modules; of norms that hold more, what they compute before that.
 
     Args:
         names: Name of the site whose output each module returns, by the module's id.
+        holding: Ids of those norms.
     """
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], holding: Collection[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._names = names
+        self._names, self._holding = names, holding
         self._readers: dict[str, list[list[Activation]]] = {}  # per call of a site
         self._outputs: dict[int, tuple[Tensor, list[Activation]]] = {}  # holds the tensors, so that ids stay unique
         self._inside = ""  # the site whose norm runs, until one of its children does
@@ -92,14 +97,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter(self, module: nn.Module) -> None:
         """A module begins."""
-        self._inside = self._names.get(id(module), "") if _has_children(module) else ""
+        self._inside = self._names[id(module)] if id(module) in self._holding else ""
         if self._inside:
             self._readers.setdefault(self._inside, []).append([])
 
     def leave(self, module: nn.Module, output: object) -> None:
         """A module has returned `output`."""
         self._inside = ""
-        if id(module) in self._names and isinstance(output, Tensor) and not _has_children(module):
+        if id(module) in self._names and isinstance(output, Tensor) and id(module) not in self._holding:
             self._readers.setdefault(self._names[id(module)], []).append([])
             self._follow(output, self._readers[self._names[id(module)]][-1])
 
@@ -119,10 +124,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         calls = self._readers.get(site, [])
         found = {tuple(readers) for readers in calls}
         return calls[0][0] if len(found) == 1 and len(calls[0]) == 1 else ""
-
-
-def _has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
 
 
 def _activation(func: Any, args: Any, kwargs: Any) -> Activation:

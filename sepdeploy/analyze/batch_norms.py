@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,7 +20,10 @@ __all__ = ["NormParts", "behind_norm", "has_hooks", "is_batchnorm", "is_overridd
 _STATE = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
 
 _TOLERANCE = 1e-6
-"""Of a channel's largest output, in float64: what a norm with another eps differs by is more, or is nothing."""
+"""Of a channel's largest output, in float64: with a variance of 2 another eps differs by more."""
+
+_REACHES = (3, 300)
+"""Standard deviations of the values: a clamp shows only where something is beyond it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,62 +53,81 @@ class NormParts:
 def is_plain_batchnorm(module: nn.Module | None) -> bool:
     """Whether the module does nothing but scale and shift, by its class: some subclasses have an activation inside."""
     return (
-        isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        _is_plain_class(module)
         and module.running_mean is not None
         and not module.training
-        and not any(is_overridden(module, nn.BatchNorm2d, method) for method in ("__call__", "forward"))
         and not has_hooks(module)
         and not nn.utils.parametrize.is_parametrized(module)
+    )
+
+
+def _is_plain_class(module: nn.Module | None) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
+    return isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and not any(
+        is_overridden(module, nn.BatchNorm2d, method) for method in ("__call__", "forward")
     )
 
 
 def is_batchnorm(module: nn.Module | None) -> bool:
     """Whether the module is a batch norm in eval mode, with nothing behind it but its children, in their order.
 
-    Plain ones are. Any other that has the statistics of one is run on random values, of both signs in every channel,
-    with the weights that it has: of other weights nothing is claimed.
+    Plain ones are. A copy of any other that has the state of one is run on random values, with the weights that it has
+    and with random ones, for weights may change later. What Python code it runs sees these values too.
     """
     if is_plain_batchnorm(module):
         return True
-    if module is None or module.training or has_hooks(module) or nn.utils.parametrize.is_parametrized(module):
+    if module is None or module.training or has_hooks(module) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    state = module._parameters.keys() | module._buffers.keys()
+    if not {"running_mean", "running_var"} <= state <= _STATE or nn.utils.parametrize.is_parametrized(module):
         return False
     try:
-        return norm_parts(module) is not None and _computes_batchnorm(module)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return _computes_batchnorm(module, draws=False) and _computes_batchnorm(module, draws=True)
     except Exception:  # whatever a user's module does on being copied or run alone
         return False
 
 
-@torch.no_grad()
-def _computes_batchnorm(module: nn.Module) -> bool:
+def _computes_batchnorm(module: nn.Module, *, draws: bool) -> bool:
     whole = copy.deepcopy(module).cpu().double()
-    behind = copy.deepcopy(behind_norm(module)).cpu().double()
     parts = norm_parts(whole)
     if parts is None:
         return False
-    values = torch.randn(2, len(parts.mean), 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = values * 3 * parts.variance.sqrt()[:, None, None] + parts.mean[:, None, None]
-    found = whole(x.clone())
-    expected = behind(F.batch_norm(x, *parts.tensors, False, 0.0, parts.eps))
-    if found.shape != expected.shape:
-        return False
-    errors, largest = (values.abs().amax((0, 2, 3)) for values in (found - expected, expected))
-    return bool((errors <= _TOLERANCE * largest).all())
+    torch.manual_seed(0)
+    if draws:
+        parts.variance.copy_(10 ** parts.variance.uniform_(-6, 1))
+        for tensor in (parts.mean, parts.weight, parts.bias):
+            if tensor is not None:
+                tensor.uniform_(-1, 1)
+    behind = copy.deepcopy(behind_norm(module)).cpu().double()
+    for reach in _REACHES:
+        x = torch.randn(2, len(parts.mean), 7, 7, dtype=torch.float64) * reach
+        x = x * (parts.variance + parts.eps).sqrt()[:, None, None] + parts.mean[:, None, None]
+        expected = behind(F.batch_norm(x, *parts.tensors, False, 0.0, parts.eps))
+        found = whole(x)
+        if found.shape != expected.shape:
+            return False
+        errors, largest = (each.abs().amax((0, 2, 3)) for each in (found - expected, expected))
+        if not bool((errors <= _TOLERANCE * largest).all()):
+            return False
+    return True
 
 
 def norm_parts(module: nn.Module) -> NormParts | None:
-    """Statistics, weights and eps of a batch norm of any class; None if the module has others, or none."""
-    own = {**module._parameters, **module._buffers}
-    mean, variance, weight, bias = (own.get(name) for name in ("running_mean", "running_var", "weight", "bias"))
-    eps = getattr(module, "eps", None)
-    if mean is None or variance is None or not own.keys() <= _STATE or not isinstance(eps, float | int):
+    """Statistics, weights and eps of a batch norm of any class; None if the module has no statistics."""
+    mean, variance, weight, bias = (
+        getattr(module, name, None) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    if mean is None or variance is None:
         return None
-    return NormParts(mean, variance, weight, bias, eps)
+    return NormParts(mean, variance, weight, bias, float(getattr(module, "eps")))  # noqa: B009 - of any class
 
 
 def behind_norm(norm: nn.Module) -> nn.Module:
-    """The children of a batch norm, under their names; an identity if it has none."""
-    children = OrderedDict(norm.named_children())
-    return nn.Sequential(children) if children else nn.Identity()
+    """What a norm does besides: its children, under their names; an identity if it has none or is a plain one."""
+    children = OrderedDict() if _is_plain_class(norm) else OrderedDict(norm.named_children())
+    behind = nn.Sequential(children) if children else nn.Identity()
+    behind.training = norm.training
+    return behind
 
 
 def is_overridden(module: nn.Module, base: type[nn.Module], method: str) -> bool:

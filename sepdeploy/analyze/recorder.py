@@ -52,7 +52,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack: list[nn.Module] = []
         self.operations: list[Operation] = []
-        self.norm_calls: Counter[int] = Counter()  # of modules with running statistics
+        self.module_calls: Counter[int] = Counter()
         self.parameter_readers: dict[int, set[int]] = {}  # parameter -> modules that ran an operator on it, by id
         self.linear_calls: list[LinearCall] = []
         self.total_macs = 0
@@ -114,8 +114,7 @@ def following_modules(recorder: Recorder) -> Iterator[None]:
     """Keep `recorder.stack` at the modules that are running."""
 
     def enter(module: nn.Module) -> None:
-        if "running_mean" in module._buffers:
-            recorder.norm_calls[id(module)] += 1
+        recorder.module_calls[id(module)] += 1
         recorder.stack.append(module)
 
     def leave(module: nn.Module, output: object) -> None:

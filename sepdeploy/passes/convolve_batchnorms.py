@@ -8,13 +8,14 @@ each channel has a single one and a scale of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from sepdeploy.analyze.batch_norms import is_batchnorm
+from sepdeploy.analyze.batch_norms import behind_norm, is_batchnorm, norm_parts
 from sepdeploy.analyze.flow_graph import operator
 from sepdeploy.analyze.trace import weight_owners
 from sepdeploy.passes.replace_convs import replace_modules
@@ -35,12 +36,13 @@ class ConvolvedNorm(nn.Conv2d):
 
     def __init__(self, norm: nn.Module) -> None:
         scale, shift = batchnorm_affine(norm)
+        parts = norm_parts(norm)
+        dtype = parts.mean.dtype if parts else scale.dtype
         super().__init__(len(scale), len(scale), 1, groups=len(scale))
-        dtype = next((part.dtype for part in norm.buffers() if part.is_floating_point()), scale.dtype)
         learns = any(weight.requires_grad for weight in norm.parameters(recurse=False))
         self.weight = nn.Parameter(scale[:, None, None, None].to(dtype), learns)
         self.bias: nn.Parameter = nn.Parameter(shift.to(dtype), learns)
-        for name, child in norm.named_children():
+        for name, child in behind_norm(norm).named_children():
             self.add_module(name, child)
         self.eval()
 
@@ -62,24 +64,28 @@ class ConvolvedNorm(nn.Conv2d):
 def lone_batchnorms(network: nn.Module, example: Tensor) -> tuple[str, ...]:
     """Names of the batch norms that run and can be written as convolutions.
 
-    Those in training mode stay, those that share their weights, those with a factor but no bias, and those inside of
-    the forms of replaced convolutions, which lowerings fold.
+    Those in training mode stay, those that share weights or statistics, those with a factor but no bias, and those
+    inside of other norms or of the forms of replaced convolutions, which lowerings fold.
 
     Args:
         network: In eval mode, the norms behind convolutions folded.
         example: One image, (1, ...).
     """
-    owners = weight_owners(network)
+    owners = Counter(
+        id(tensor)
+        for module in network.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
     inside = {id(part) for chain in network.modules() if isinstance(chain, ChainConv2d) for part in chain.modules()}
-    names = {
-        name: module
-        for name, module in network.named_modules()
-        if name
-        and id(module) not in inside
-        and is_batchnorm(module)
-        and all(owners[id(weight)] == 1 for weight in module.parameters(recurse=False))
-        and len(list(module.parameters(recurse=False))) != 1
-    }
+    names: dict[str, nn.Module] = {}
+    for name, module in network.named_modules():  # what holds a module comes before it
+        parts = norm_parts(module) if name and id(module) not in inside and is_batchnorm(module) else None
+        if parts is None or any(owners[id(tensor)] > 1 for tensor in parts.tensors if tensor is not None):
+            continue
+        is_held = any(name.startswith(f"{other}.") for other in names)
+        if not is_held and (parts.weight is None or parts.bias is not None):
+            names[name] = module
     ran: set[int] = set()
     hooks = [module.register_forward_hook(lambda module, *_: ran.add(id(module))) for module in names.values()]
     try:

@@ -284,8 +284,9 @@ def batchnorm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     Raises:
         ContractError: if it has no running statistics.
     """
-    own = {**norm._parameters, **norm._buffers}
-    mean, variance, weight, bias = (own.get(name) for name in ("running_mean", "running_var", "weight", "bias"))
+    mean, variance, weight, bias = (
+        getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias")
+    )
     if mean is None or variance is None:
         raise ContractError(f"{type(norm).__name__} is no batch norm with running statistics, and cannot be folded")
     scale = torch.rsqrt(variance.double() + float(norm.eps))  # type: ignore[arg-type]

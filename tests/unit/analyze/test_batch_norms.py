@@ -47,6 +47,21 @@ def then(*names):
     return run
 
 
+def in_place(n, x):
+    return x.copy_(norm(n, x))
+
+
+def remembering(n, x):
+    """Computes its factors once: what is put into its weights afterwards is lost."""
+    if "factors" not in vars(n):
+        n.factors = n.weight / (n.running_var + n.eps).sqrt()
+    return (x - n.running_mean[:, None, None]) * n.factors[:, None, None] + n.bias[:, None, None]
+
+
+def of_no_small_variance(n, x):
+    return F.batch_norm(x, n.running_mean, n.running_var.clamp(min=0.1), n.weight, n.bias, False, 0.1, n.eps)
+
+
 def before(n, x):
     return norm(n, n.act(x))
 
@@ -78,8 +93,8 @@ def first_channel_more(n, x):
         Norm(then("drop", "act"), drop=nn.Identity(), act=nn.ReLU(inplace=True)),
         Norm(then("act"), act=nn.PReLU(6)),
         Norm(then("conv"), conv=nn.Conv2d(6, 2, 1)),
-        Norm(lambda n, x: norm(n, x, 0.0), variance=1e4),  # the same for all that it is worth
-        Norm(lambda n, x: norm(n, x.clone())),
+        Norm(by_hand, variance=0.0),
+        Norm(in_place),
     ],
 )
 def test_norms(module) -> None:
@@ -101,6 +116,11 @@ def test_norms(module) -> None:
         Norm(lambda n, x: norm(n, x, 1e-3), variance=1e-6),
         Norm(lambda n, x: norm(n, x).relu()),
         Norm(lambda n, x: norm(n, x).clamp(max=3)),
+        Norm(lambda n, x: norm(n, x).clamp(-50, 50)),
+        Norm(lambda n, x: norm(n, x, 0.0), variance=1e4),  # but its weights may change
+        Norm(lambda n, x: norm(n, x, 1e-3), variance=0.0),
+        Norm(of_no_small_variance, variance=9.0),
+        Norm(lambda n, x: norm(n, x).mean((2, 3), keepdim=True)),
         Norm(norm, act=nn.ReLU()),  # which it does not use
         Norm(before, act=nn.ReLU()),
         Norm(then("act", "drop"), drop=nn.Hardtanh(), act=nn.Sigmoid()),
@@ -142,8 +162,27 @@ def test_norms_in_training_with_hooks_parametrizations_or_more_state_are_left_al
     assert not is_batchnorm(more)
 
 
+def test_what_a_norm_has_computed_before_is_not_its_weights() -> None:
+    module = Norm(remembering).eval()
+    module(torch.zeros(1, 6, 2, 2))  # as tracing does
+    assert not is_batchnorm(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripted_norms_take_no_hooks_and_are_left_alone() -> None:
+    assert not is_batchnorm(torch.jit.script(nn.BatchNorm2d(6).eval()))
+
+
+def test_a_plain_norm_does_not_run_its_children() -> None:
+    module = nn.BatchNorm2d(6).eval()
+    module.act = nn.ReLU()
+    assert is_batchnorm(module)
+    assert isinstance(behind_norm(module), nn.Identity)
+    assert not behind_norm(module).training
+
+
 def test_trying_changes_nothing() -> None:
-    module = Norm(then("act"), act=nn.ReLU()).eval()
+    module = Norm(then("act"), act=nn.Dropout()).eval()
     state = {name: value.clone() for name, value in module.state_dict().items()}
     random = torch.get_rng_state()
     assert is_batchnorm(module)

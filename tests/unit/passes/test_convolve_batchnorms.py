@@ -95,6 +95,19 @@ def test_norms_of_other_classes_with_what_they_hold(make_net, name):
     assert not torch.allclose(back(x), net(x), atol=1e-2)
 
 
+@torch.no_grad()
+def test_frozen_norms_that_share_buffers_have_no_bias_or_are_inside_of_another_stay(make_net):
+    frozen = make_net("frozen_norm")[0].norm
+    sharing = copy.deepcopy(frozen)
+    sharing.weight = frozen.weight
+    lame, outer = copy.deepcopy(frozen), copy.deepcopy(make_net("norm_with_children")[0][1])
+    lame.bias = None
+    lame.forward = lambda x: nn.functional.batch_norm(x, lame.running_mean, lame.running_var, lame.weight, eps=lame.eps)
+    outer.act = nn.BatchNorm2d(8).eval()
+    net = nn.Sequential(frozen, sharing, lame, outer).eval()
+    assert lone_batchnorms(net, torch.randn(2, 8, 4, 5)) == ("3",)
+
+
 def test_norms_in_training_or_inside_of_a_form_stay():
     form = ChainSum((Chain((Factor(4, 4, (1, 1)), Factor(4, 4, (1, 1)))),))
     chain = ChainConv2d(form, ConvSpec(4, 4, (1, 1)), bias=False)
@@ -111,6 +124,18 @@ def test_frozen_norms_stay_frozen_and_others_are_our_bug():
         convolve_batchnorms(net, ["0"])
     convolve_batchnorms(net, ["1"])
     assert not any(weight.requires_grad for weight in net.parameters())
+
+
+@torch.no_grad()
+def test_what_a_norm_holds_learns_by_itself(make_net):
+    norm = make_net("norm_with_children")[0][3]
+    norm.weight.requires_grad_(False)
+    norm.bias.requires_grad_(False)
+    net = nn.Sequential(norm, norm.act)  # which somebody else uses too
+    names = lone_batchnorms(net, torch.randn(2, 8, 4, 5))
+    assert names == ("0",)
+    convolve_batchnorms(net, names)
+    assert {name for name, weight in net.named_parameters() if weight.requires_grad} == {"0.act.weight"}
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,6 +68,28 @@ def test_affine_and_bias_in_every_combination(affine, bias):
     assert fold_batchnorm(net, {"0": "1"}) == ("1",)
     x = torch.randn(2, 4, 6, 6)
     assert torch.allclose(net(x), reference(x), atol=1e-5)
+
+
+class MoreState(nn.BatchNorm2d):
+    """A plain norm all the same: what it has besides, it does not use."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.register_buffer("mask", torch.ones(1))
+        self.eps, self.act = np.float32(0.1), nn.ReLU()
+
+
+@torch.no_grad()
+def test_plain_norms_with_more_in_them():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), MoreState(6), nn.Conv2d(6, 6, 1)).eval()
+    x = torch.randn(2, 4, 6, 6)
+    pairs = pairs_of(trace_network(net, x))
+    assert pairs == {"0": "1"}
+    folded = copy.deepcopy(net)
+    fold_batchnorm(folded, pairs)
+    assert torch.allclose(folded(x), net(x), atol=1e-5)
+    assert torch.allclose(unfold_batchnorm(net, folded, pairs)(x), net(x), atol=1e-5)
 
 
 def test_wrong_pairs_are_our_bug():

@@ -193,6 +193,22 @@ def test_a_norm_that_the_network_reads_otherwise_stays():
     assert without_lone_norms(network, torch.from_numpy(Images.pixels[:1])) == (network, LoneNorms())
 
 
+def test_norms_of_other_classes_that_the_network_looks_into_do_not_keep_plain_ones(make_net):
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.other = (make_net("norm_with_children")[0][i] for i in (1, 3))
+            self.plain.__class__ = nn.BatchNorm2d
+
+        def forward(self, x):
+            return self.other(self.plain(x)) * self.other.running_var.sum()
+
+    network, x = Looking().eval(), torch.from_numpy(Images.pixels[:1])
+    written, norms = without_lone_norms(network, x)
+    assert norms == LoneNorms({}, ("plain",))
+    torch.testing.assert_close(written(x), network(x))
+
+
 class OneSignal(nn.Module):
     """A 1-d convolution without a batch: what follows it takes its channels for images."""
 
