@@ -123,9 +123,14 @@ def norm_parts(module: nn.Module) -> NormParts | None:
 
 
 def behind_norm(norm: nn.Module) -> nn.Module:
-    """What a norm does besides: its children, under their names; an identity if it has none or is a plain one."""
-    children = OrderedDict() if _is_plain_class(norm) else OrderedDict(norm.named_children())
-    behind = nn.Sequential(children) if children else nn.Identity()
+    """What a norm does besides: its children, under their names; an identity if it has none or is a plain one.
+
+    Children that a plain norm does not run are still there for those who do.
+    """
+    children = OrderedDict(norm.named_children())
+    behind = nn.Sequential(children) if children and not _is_plain_class(norm) else nn.Identity()
+    for name, child in children.items():
+        behind.add_module(name, child)
     behind.training = norm.training
     return behind
 

@@ -42,7 +42,9 @@ class ConvolvedNorm(nn.Conv2d):
         learns = any(weight.requires_grad for weight in norm.parameters(recurse=False))
         self.weight = nn.Parameter(scale[:, None, None, None].to(dtype), learns)
         self.bias: nn.Parameter = nn.Parameter(shift.to(dtype), learns)
-        for name, child in behind_norm(norm).named_children():
+        behind = behind_norm(norm)
+        self._runs_children = isinstance(behind, nn.Sequential)
+        for name, child in behind.named_children():
             self.add_module(name, child)
         self.eval()
 
@@ -55,7 +57,7 @@ class ConvolvedNorm(nn.Conv2d):
         missing = 4 - x.dim()
         result = super().forward(x[(..., *[None] * missing)])
         result = result.flatten(1 + (missing == 1), 3) if missing else result
-        for child in self.children():
+        for child in self.children() if self._runs_children else ():
             result = child(result)
         return result
 

@@ -45,7 +45,7 @@ class FoldedNetwork:
 def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> FoldedNetwork:
     """Fold every batch norm that directly follows a convolution, in a copy that is checked on real images.
 
-    A network may look into a norm of a class of its own, or give it more than a tensor; then those stay.
+    A network may look into a norm, or give it more than a tensor; then those of other classes stay, or all.
 
     Raises:
         UnsupportedModelError: if the network's own outputs are NaN.
@@ -59,23 +59,16 @@ def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> Folded
         )
     pairs = {site.name: site.norm for site in traced.sites if site.norm is not None}
     plain = {name: norm for name, norm in pairs.items() if is_plain_batchnorm(network.get_submodule(norm))}
-    if plain != pairs:
+    error = math.inf
+    for chosen in (pairs, plain, {}):
+        folded = copy_network(network).eval()
+        folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        fold_batchnorm(folded, chosen)
         with suppress(Exception):  # whatever Python code does with what it takes for a norm
-            folded = _folded(network, pairs)
-            if largest_error(expected, run_network(folded, torch.from_numpy(batch))) <= NUMERIC_TOLERANCE:
-                return FoldedNetwork(folded, pairs)
-    folded = _folded(network, plain)
-    error = largest_error(expected, run_network(folded, torch.from_numpy(batch)))
-    if not error <= NUMERIC_TOLERANCE:
-        raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
-    return FoldedNetwork(folded, plain)
-
-
-def _folded(network: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
-    folded: nn.Module = copy_network(network).eval()
-    folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    fold_batchnorm(folded, pairs)
-    return folded
+            error = largest_error(expected, run_network(folded, torch.from_numpy(batch)))
+            if error <= NUMERIC_TOLERANCE:
+                return FoldedNetwork(folded, chosen)
+    raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
 
 
 def check_numerics(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> None:

@@ -119,10 +119,14 @@ def test_norms_in_training_or_inside_of_a_form_stay():
 
 def test_frozen_norms_stay_frozen_and_others_are_our_bug():
     norm = trained(nn.BatchNorm2d(4)).requires_grad_(False)
+    norm.act = nn.ReLU()  # which it does not run
     net = nn.Sequential(nn.ReLU(), norm)
+    x = torch.randn(2, 4, 3, 3)
+    before = net(x)
     with pytest.raises(ContractError, match="ReLU is no batch norm"):
         convolve_batchnorms(net, ["0"])
     convolve_batchnorms(net, ["1"])
+    assert torch.allclose(net(x), before, atol=1e-5)
     assert not any(weight.requires_grad for weight in net.parameters())
 
 

@@ -88,6 +88,28 @@ def test_norms_with_more_inside_are_folded_where_the_network_does_not_look_into_
     assert torch.allclose(found.network(x), network(x), atol=1e-5)
 
 
+class LookingEverywhere(nn.Module):
+    def __init__(self, look):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, eps=0.5)
+        self.norm.act = nn.ReLU()
+        self.look = look
+
+    def forward(self, x):
+        return self.look(self.norm, self.conv(x))
+
+
+@pytest.mark.parametrize(("look", "folded"), [
+    (lambda norm, x: norm.act(norm(x)), ["conv"]), (with_its_factor, []), (by_its_type, []),
+])  # fmt: skip
+@torch.no_grad()
+def test_plain_norms_that_the_network_looks_into_stay(look, folded):
+    network, x = LookingEverywhere(look).eval(), torch.randn(2, 8, 6, 6)
+    found = fold_network(network, trace_network(network, x[:1]), x.numpy())
+    assert sorted(found.pairs) == folded
+    assert torch.allclose(found.network(x), network(x), atol=1e-5)
+
+
 class Sum(nn.Module):
     """Adds a constant to each output value."""
 
