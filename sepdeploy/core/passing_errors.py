@@ -48,7 +48,8 @@ def is_passing(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error comes from this process being short of memory, on the CPU or on a GPU.
 
-    Everything that led to it counts, but not what our own errors say, which may be about another machine, nor the names of files.
+    Everything that led to it counts, but not what our own errors say, which may be about another machine, nor the
+    names of files.
 
     >>> is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     True
