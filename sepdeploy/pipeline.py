@@ -21,7 +21,7 @@ from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.measurement import Measured
 from sepdeploy.core.options import ConvertOptions, MovedInputs, require_own_training, target_format
 from sepdeploy.core.pareto import FrontPoint
-from sepdeploy.core.passing_errors import is_passing
+from sepdeploy.core.passing_errors import is_out_of_memory, is_passing
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
 from sepdeploy.core.quiet import error_summary
@@ -194,7 +194,7 @@ def _settled(
             is_ours = isinstance(error, SepdeployError) and not isinstance(error, ContractError)
             if attempt.held is None or not (is_ours or is_passing(error)):
                 raise
-            why = str(error) if is_ours else error_summary(error)
+            why = "out of memory" if is_out_of_memory(error) else str(error) if is_ours else error_summary(error)
             progress.stage(f"a cheaper plan failed ({why}): going back")
             attempts.go_back(LooserOutcome.FAILED, error=why)
             continue

@@ -14,8 +14,8 @@ class LooserOutcome(Enum):
     HANDED_OVER = "it is the plan that is handed over"
     OVER_LIMIT = "that is more than --max-drop allows, so it was put aside"
     NOT_CHEAPER = "that is too little to be worth another recovery, so it was put aside"
-    SLOWER = "the whole measured slower than that of the plan before it, so it was put aside"
-    FAILED = "it failed, so it was put aside"
+    SLOWER = "as a whole it is slower than the plan before it, so it was put aside"
+    FAILED = "it failed, so the plan before it is handed over"
 
 
 @dataclass(frozen=True, slots=True)

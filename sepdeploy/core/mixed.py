@@ -69,6 +69,11 @@ class MixedPlan:
     unpriced: dict[str, dict[Arithmetic, str]] = field(default_factory=dict)
 
     @property
+    def final_drop_points(self) -> float:
+        """What the file loses as it is; 0 where nothing was limited."""
+        return next((each for each in (self.mixed_drop_points, self.drop_points) if each is not None), 0.0)
+
+    @property
     def kept(self) -> dict[str, Arithmetic]:
         """Layer -> how it computes, of those that do not compute in int8."""
         return {layer.name: layer.arithmetic for layer in self.layers if layer.arithmetic is not Arithmetic.INT8}

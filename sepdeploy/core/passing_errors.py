@@ -17,6 +17,8 @@ _MEMORY_PHRASES = (
     "out of memory",
     "not enough memory",
     "status_alloc_failed",
+    "allocation_failed",
+    "failed to allocate",
 )
 """What native code says where memory is short: torch on the CPU and on GPUs, cuDNN and cuBLAS, the runtimes."""
 
@@ -48,8 +50,8 @@ def is_passing(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error comes from this process being short of memory, on the CPU or on a GPU.
 
-    Everything that led to it counts, but not what our own errors say, which may be about another machine, nor the
-    names of files.
+    Everything that led to it counts, but not what our own errors say, which may be about another machine, nor those of
+    the system, which name files.
 
     >>> is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     True
@@ -57,7 +59,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     for each in _led_to(error):
         if isinstance(each, MemoryError) or (isinstance(each, OSError) and each.errno == errno.ENOMEM):
             return True
-        if not isinstance(each, (SepdeployError, OSError)) and _says(str(each), _MEMORY_PHRASES):
+        is_native = not isinstance(each, SepdeployError) and getattr(each, "errno", None) is None
+        if is_native and _says(str(each), _MEMORY_PHRASES):
             return True
     return False
 

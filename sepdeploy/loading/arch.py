@@ -127,9 +127,10 @@ def _parse_arguments(spec: str, text: str) -> dict[str, Any]:
             raise ValueError("only keyword arguments are possible")
         return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        why = "they are nested too deeply" if isinstance(error, RecursionError | MemoryError) else str(error)
         raise UsageError(
-            f"the arguments in {spec!r} must be plain values by keyword, as in factory(num_classes=10): {error}"
-        ) from error
+            f"the arguments in {spec!r} must be plain values by keyword, as in factory(num_classes=10): {why}"
+        ) from None  # Python's parser says MemoryError of what is nested too deeply
 
 
 @contextmanager

@@ -165,6 +165,8 @@ def prepare_network(
             prepared = prepare_for_int8(options, inputs, traced, network, seed, {p.name: p.affine for p in settled})
             network, record = prepared.network, _record(prepared)
         except UnsupportedModelError as error:
+            if is_out_of_memory(error):
+                raise
             record = _unsimulated(options, str(error))
         save_weights(weights_path, network)
         write_json(record_path, replace(record, norms=norms))
@@ -189,7 +191,9 @@ def without_lone_norms(folded: nn.Module, example: Tensor) -> tuple[nn.Module, L
         return folded, LoneNorms()
     try:
         behind = norms_behind_layers(folded, names, capture_graph(folded, example))
-    except UnsupportedModelError:
+    except UnsupportedModelError as error:
+        if is_out_of_memory(error):
+            raise
         behind = {}
     plain = tuple(name for name in names if is_plain_batchnorm(folded.get_submodule(name)))
     for chosen, folds in product((names, plain), (True, False)):  # the network may look into norms of other classes

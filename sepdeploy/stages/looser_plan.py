@@ -35,17 +35,22 @@ def looser_notes(looser: LooserPlan | None) -> tuple[str, ...]:
     if looser is None:
         return ()
     held, found = looser.held, looser.found
-    lost = "" if held.drop_points is None else f"{held.drop_points:.2f} of "
+    room = f"{looser.max_drop_points:g} points"
+    if held.drop_points is not None:
+        room = f"{_drop_text(held.drop_points, looser.max_drop_points)}, of {looser.max_drop_points:g} allowed"
     parts = []
     if found is not None:
         parts.append(_cost_text(found, held))
         if found.drop_points is not None:
-            parts.append(f"its file lost {found.drop_points:.2f} points")
-    parts.append(looser.outcome.value + (f" ({looser.error})" if looser.error else ""))
-    return (
-        f"recovery left room under --max-drop ({lost}{looser.max_drop_points:g} points lost), so a cheaper plan was "
-        f"tried: {'; '.join(parts)}",
-    )
+            parts.append(f"its file {_drop_text(found.drop_points, looser.max_drop_points)}")
+    parts.append(looser.outcome.value + (f" ({' '.join(looser.error.split())})" if looser.error else ""))
+    return (f"recovery left room under --max-drop ({room}), so a cheaper plan was tried: {'; '.join(parts)}",)
+
+
+def _drop_text(points: float, limit: float) -> str:
+    """What a file lost or won, with as many digits as tell 1.002 from a limit of 1."""
+    digits = 3 if points != limit and round(points, 2) == round(limit, 2) else 2
+    return f"{'won' if points < 0 else 'lost'} {abs(points):.{digits}f} points"
 
 
 def _cost_text(found: TriedPlan, held: TriedPlan) -> str:
@@ -53,9 +58,11 @@ def _cost_text(found: TriedPlan, held: TriedPlan) -> str:
     is_time, is_modelled = found.unit == "ms", found.unit == "kcycles"
     less, more = ("faster", "slower") if is_time else ("fewer", "more")
     changes = [change_text(plan.original_cost, plan.cost, less=less, more=more) for plan in (found, held)]
+    is_same = not changes[0].endswith((less, more))
     what = "" if is_time else " modelled cycles" if is_modelled else f" {found.unit}"
     predicted = "predicted " if is_time or is_modelled else ""
-    text = f"{predicted}{changes[0]}{what} than the original (the plan before it: {changes[1]})"
+    change = f"about the same{what} as" if is_same else f"{changes[0]}{what} than"
+    text = f"{predicted}{change} the original (the plan before it: {changes[1]})"
     if found.speedup is not None and held.speedup is not None:
         verb = "counted" if is_modelled else "measured"
         text += f", {verb} as a whole {times_text(found.speedup)} (before it: {times_text(held.speedup)})"

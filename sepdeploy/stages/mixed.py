@@ -142,12 +142,12 @@ class Mixer:
         lowering: Mapping[str, tuple[str, ...]],
         lacking: MixedPlan | None,
     ) -> MixedPlan:
-        """The mix; `lacking` as it is if there are no more prices now than there were for it."""
+        """The mix; `lacking` as it is if no price came to those that it has, or only what breaks the limit."""
         blocks = self._blocks(lowering)
         missing = files.write(dict.fromkeys(blocks, Arithmetic.FLOAT32), files.new_path())
         blocks = {name: each for name, each in blocks.items() if name not in missing}
         costs, unpriced, notes = self._costs(target, blocks)
-        if lacking is not None and unpriced == lacking.unpriced:
+        if lacking is not None and not _places(unpriced) < _places(lacking.unpriced):
             return lacking
         limit = self.options.max_drop_points
         search = MixSearch(
@@ -160,6 +160,8 @@ class Mixer:
             float_drop_points=None if limit is None else files.drop_of(files.source),
         )
         found = search.result()
+        if lacking is not None and limit is not None and lacking.final_drop_points <= limit < found.final_drop_points:
+            return lacking
         return replace(found, notes=(*notes, *_unpriced_notes(unpriced), *found.notes), unpriced=unpriced)
 
     def _blocks(self, lowering: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[FusedBlock, ...]]:
@@ -215,6 +217,11 @@ class Mixer:
                     reasons = [price for price in found if isinstance(price, str)]
                     unpriced.setdefault(name, {})[arithmetic] = first_reason(reasons)
         return costs, unpriced, cache.notes
+
+
+def _places(unpriced: _Reasons) -> set[tuple[str, Arithmetic]]:
+    """Layers and arithmetics without a price, whatever the reason."""
+    return {(layer, arithmetic) for layer, each in unpriced.items() for arithmetic in each}
 
 
 def _unpriced_notes(unpriced: _Reasons) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sepdeploy.analyze.blocks import Block
 from sepdeploy.analyze.damage import network_damage
 from sepdeploy.analyze.trace import trace_network
+from sepdeploy.core.passing_errors import is_out_of_memory
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.quiet import error_summary
 from sepdeploy.core.training import ReconstructOptions, RecoveryStep
@@ -189,6 +190,8 @@ class _Reconstruction:
                 self._save(state)
             detail = self._detail(phases, state)
         except UnsupportedModelError as error:
+            if is_out_of_memory(error):
+                raise
             state.score, detail = state.damage_before, str(error)
         is_kept = state.score < state.damage_before
         network = self.student.cpu() if is_kept else _copy(self.given).cpu()

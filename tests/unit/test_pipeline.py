@@ -32,8 +32,8 @@ def test_what_is_only_timed_is_quantized_the_quickest_way():
     ("error", "told"),
     [
         (UsageError("the training diverged"), "the training diverged"),
-        (MemoryError(), "MemoryError: no message"),
-        (RuntimeError("CUDA out of memory."), "RuntimeError: CUDA out of memory."),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("CUDA out of memory."), "out of memory"),
         (RuntimeError("index out of range"), None),
         (ContractError("a bug"), None),
     ],

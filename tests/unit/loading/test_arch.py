@@ -152,6 +152,7 @@ def test_models_is_ours_first_from_anywhere(tmp_path, monkeypatch):
         ("nets.py:tiny(width=open('x'))", "must be plain values by keyword"),
         ("nets.py:tiny(width=)", "must be plain values by keyword"),
         ("nets.py:tiny(width=1)(2)", "must be plain values by keyword"),
+        ("nets.py:tiny(width=" + "-" * 7000 + "1)", "plain values by keyword, .*: they are nested too deeply$"),
         ("nets.py:fails", "fails: KeyError: 'no such layer'"),
         ("nets.py:leaves", "fails: SystemExit: 2"),
         ("nets.py:returns_list", "returns a list; it must return an nn.Module"),

@@ -12,7 +12,7 @@ from sepdeploy.stages.looser_plan import looser_notes, tried_plan
 
 HELD = TriedPlan("ms", 10.0, 7.3, 1.35, 1.3, 1.4, drop_points=0.31)
 FOUND = TriedPlan("ms", 10.0, 6.58, 1.49, 1.45, 1.53)
-ROOM = "recovery left room under --max-drop (0.31 of 1 points lost), so a cheaper plan was tried: "
+ROOM = "recovery left room under --max-drop (lost 0.31 points, of 1 allowed), so a cheaper plan was tried: "
 COSTS = (
     "predicted 1.52x faster than the original (the plan before it: 1.37x faster), measured as a whole 1.49x (before "
     "it: 1.35x)"
@@ -36,9 +36,21 @@ COSTS = (
         ),
         (
             LooserOutcome.FAILED, FOUND, "the training diverged",
-            f"{COSTS}; it failed, so it was put aside (the training diverged)",
+            f"{COSTS}; it failed, so the plan before it is handed over (the training diverged)",
         ),
-        (LooserOutcome.FAILED, None, "no memory", "it failed, so it was put aside (no memory)"),
+        (
+            LooserOutcome.OVER_LIMIT, replace(FOUND, drop_points=1.002), "",
+            f"{COSTS}; its file lost 1.002 points; that is more than --max-drop allows, so it was put aside",
+        ),
+        (
+            LooserOutcome.HANDED_OVER, replace(FOUND, drop_points=-0.1), "",
+            f"{COSTS}; its file won 0.10 points; it is the plan that is handed over",
+        ),
+        (
+            LooserOutcome.SLOWER, FOUND, "",
+            f"{COSTS}; as a whole it is slower than the plan before it, so it was put aside",
+        ),
+        (LooserOutcome.FAILED, None, "no\nmemory", "it failed, so the plan before it is handed over (no memory)"),
     ],
 )  # fmt: skip
 def test_one_sentence_says_what_became_of_it(outcome, found, error, expected):
@@ -49,6 +61,7 @@ def test_one_sentence_says_what_became_of_it(outcome, found, error, expected):
     ("unit", "expected"),
     [
         ("MACs", "1.52x fewer MACs than the original (the plan before it: 1.37x fewer); "),
+        ("parameters", "1.52x fewer parameters than the original (the plan before it: 1.37x fewer); "),
         ("kcycles", "predicted 1.52x fewer modelled cycles than the original (the plan before it: 1.37x fewer); "),
     ],
 )
@@ -78,3 +91,10 @@ def test_a_plan_costs_what_it_was_chosen_to_make_small(goal, expected):
     traced = SimpleNamespace(total_macs=1000, total_params=100, site=lambda _name: SimpleNamespace(params=50))
     options = ConvertOptions(Path("m.pt"), "a:b", "c", scheme="auto", selection=SelectionOptions(goal=goal))
     assert tried_plan(options, plan, SimpleNamespace(selection=selection), traced) == expected
+
+
+def test_a_plan_that_changes_nothing_is_told_so():
+    for unit, what in (("ms", "predicted about the same as"), ("parameters", "about the same parameters as")):
+        held, found = (replace(plan, unit=unit, cost=plan.original_cost, speedup=None) for plan in (HELD, FOUND))
+        (note,) = looser_notes(LooserPlan(LooserOutcome.NOT_CHEAPER, 1.0, 5.7, held, found))
+        assert f"{what} the original (the plan before it: unchanged); " in note

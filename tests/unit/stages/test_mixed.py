@@ -98,10 +98,13 @@ class Prices(list):
     """Prices by the channels of a layer: only that from 8 to 4 is faster in float; which were asked for.
 
     Attributes:
-        reason: Why there is none from 4 to 4; None if there is one.
+        reason: Why there is none for the refused; None if there is one.
+        refused: Channels of blocks without a price.
     """
 
     reason = "it does not run"
+    refused = ((4, 4),)
+    cheap = ((8, 4),)
 
     def __call__(self, target, groups, cache, **options):
         found = {}
@@ -109,9 +112,9 @@ class Prices(list):
             for other in others:
                 self.append(other)
                 channels = block.spec.in_channels, block.spec.out_channels
-                value = -0.5 if channels == (8, 4) and other.mixed is Arithmetic.FLOAT32 else 0.5
+                value = -0.5 if channels in self.cheap and other.mixed is Arithmetic.FLOAT32 else 0.5
                 price = Price(1.0, 1.0, value, value - 0.1, value + 0.1, "ms", 9, Method.WALL_CLOCK)
-                found[block, other] = self.reason if self.reason and channels == (4, 4) else price
+                found[block, other] = self.reason if self.reason and channels in self.refused else price
         return found
 
 
@@ -157,6 +160,22 @@ def test_a_limit_that_int8_breaks_is_held_by_layers_in_float(folder, measured, m
     assert "the file loses 0.50 points so, 9.00 all in int8" in mixed_notes(plan)[-1]
 
 
+def test_a_mix_that_held_the_limit_stays_where_more_prices_break_it(folder, measured, monkeypatch):
+    points = {0: 0.5, 1: 0.9, 2: 1.1}
+    monkeypatch.setattr(mixed._Files, "drop", lambda self, kept: points[len(kept)])
+    monkeypatch.setattr(mixed._Files, "drop_of", lambda self, path: 9.0)
+    measured.reason = f"{NOT_MEASURED}no space left"
+    run = Run(folder, max_drop_points=1.0, bench_seconds=3.0)
+    run.deploy()
+    before = read_mixed(run.store)
+    assert before.kept == {"2": Arithmetic.FLOAT32}
+    measured.reason = None
+    with monkeypatch.context() as cheap:
+        cheap.setattr(Prices, "cheap", ((8, 4), (4, 4)))
+        run.deploy()
+    assert read_mixed(run.store) == before
+
+
 def test_what_the_machine_failed_at_is_tried_in_the_next_run(folder, measured, monkeypatch):
     measured.reason = f"{NOT_MEASURED}no space left"
     run = Run(folder, bench_seconds=2.0)
@@ -174,11 +193,20 @@ def test_what_the_machine_failed_at_is_tried_in_the_next_run(folder, measured, m
     assert len(measured) == 12
     assert read_mixed(run.store) == lacking
 
+    with monkeypatch.context() as fewer:
+        fewer.setattr(mixed.MixSearch, "result", None)
+        fewer.setattr(Prices, "refused", ((4, 4), (8, 4)))  # fewer prices than before
+        run.deploy()
+        measured.reason = f"{NOT_MEASURED}no memory"  # as many, for another reason
+        fewer.setattr(Prices, "refused", ((4, 4),))
+        run.deploy()
+    assert read_mixed(run.store) == lacking
+
     measured.reason = None
     run.deploy()
     assert [layer.name for layer in read_mixed(run.store).layers] == ["0", "2", "3"]
     run.deploy()
-    assert len(measured) == 18, "all is known"
+    assert len(measured) == 30, "all is known"
 
 
 def test_mixed_is_for_int8():

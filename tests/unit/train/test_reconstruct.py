@@ -7,10 +7,12 @@ from torch import nn
 
 from sepdeploy.analyze.blocks import Block
 from sepdeploy.analyze.damage import network_damage
+from sepdeploy.core.passing_errors import is_out_of_memory
 from sepdeploy.core.progress import Silent
 from sepdeploy.core.training import ReconstructOptions
 from sepdeploy.data.images import open_images
 from sepdeploy.data.preprocess import Preprocess
+from sepdeploy.errors import UnsupportedModelError
 from sepdeploy.train import reconstruct as module
 from sepdeploy.train.reconstruct import reconstruct
 
@@ -288,6 +290,18 @@ def test_any_outputs_are_imitated_and_what_has_no_gradients_is_left(images, kind
         assert not step.is_kept
         assert step.detail.startswith("the network cannot be trained: RuntimeError: one of the variables")
         assert equal(network, student)
+
+
+def test_a_lack_of_memory_is_not_the_networks_fault(images, monkeypatch):
+    """It would be remembered as the stage's result."""
+
+    def full(*_given, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    with pytest.raises(UnsupportedModelError) as caught:
+        run(*networks(), images(64))
+    assert is_out_of_memory(caught.value)
 
 
 def test_no_gradient_at_all_is_said(images):
