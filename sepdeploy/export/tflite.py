@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sepdeploy.core.quiet import first_line, quiet, silenced_native_stderr
-from sepdeploy.errors import ToolError, UnsupportedModelError, UsageError
+from sepdeploy.errors import ToolError, UsageError
 from sepdeploy.export.flat_outputs import FlatOutputs, evaluating, output_shapes, require_below_2_gib
+from sepdeploy.export.refuse import refuse_export
 
 if TYPE_CHECKING:
     import litert_torch
@@ -99,7 +100,8 @@ def _converted(
 ) -> litert_torch.model.Model:
     with quiet() as printed:
         try:
-            import litert_torch
+            with silenced_native_stderr():
+                import litert_torch
         except ImportError as error:
             raise ToolError(
                 f"litert-torch cannot be imported ({first_line(error)}); "
@@ -114,7 +116,4 @@ def _converted(
             with torch.no_grad(), silenced_native_stderr(), _whole_names():
                 return litert_torch.convert(module, (example,))
         except Exception as error:
-            raise UnsupportedModelError(
-                f"the network cannot be exported to TFLite: {first_line(error)}; rewrite that part of its forward "
-                "method, or leave the format out with --formats onnx"
-            ) from error
+            raise refuse_export(error, "TFLite", "onnx") from error
