@@ -153,3 +153,17 @@ def test_network_that_flattens_with_view_exports_channels_last(tmp_path):
     export_tflite(network, x, tmp_path / "v.tflite", is_channels_last=True)
     (found,) = run(tmp_path / "v.tflite", x.permute(0, 2, 3, 1).numpy()).values()
     np.testing.assert_allclose(found, network(x).detach().numpy(), atol=TOLERANCE)
+
+
+def test_transposed_convolutions_of_every_padding_compute_what_pytorch_computes(tmp_path):
+    network = nn.Sequential(
+        nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1),  # cannot be written down as it is
+        nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1, output_padding=1),  # the last row would be zeros
+        nn.ConvTranspose2d(4, 2, (3, 4), stride=(1, 2), padding=(1, 1)),
+    ).eval()
+    x = torch.randn(1, 3, 4, 3)
+    export_tflite(network, x, tmp_path / "net.tflite", is_channels_last=True)
+    (output,) = run(tmp_path / "net.tflite", x.permute(0, 2, 3, 1).numpy()).values()
+    with torch.no_grad():
+        expected = network(x).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(output, expected.numpy(), atol=TOLERANCE, rtol=TOLERANCE)

@@ -1,0 +1,57 @@
+"""Transposed convolutions as TFLite can write them down: without padding, and cut to size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["CropTransposed"]
+
+Pair = tuple[int, int]
+
+
+class CropTransposed(TorchFunctionMode):
+    """While it is active, 2-d transposed convolutions that TFLite has no padding for are computed whole and cropped.
+
+    TRANSPOSE_CONV knows no padding, and one, the same on both sides, that makes the output `stride` times as large as
+    the input. litert-torch 0.10 fails at others, such as the usual 3x3 with stride 2, padding 1 and output padding 1,
+    and fills what an output padding adds with zeros, where PyTorch has values that were computed.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """`func`, or the equivalent of a transposed convolution."""
+        call = _cropped if func is torch.conv_transpose2d else func
+        return call(*args, **(kwargs or {}))
+
+
+def _cropped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    output_padding: int | Pair = 0,
+    groups: int = 1,
+    dilation: int | Pair = 1,
+) -> Tensor:
+    strides, paddings, extras, dilations = (_pair(each) for each in (stride, padding, output_padding, dilation))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, weight.shape[2:], strict=True)]
+    is_same = not any(extras) and all(r - s == 2 * p for r, s, p in zip(reach, strides, paddings, strict=True))
+    if max(strides) == 1 or not any(paddings) or is_same or any(e > p for e, p in zip(extras, paddings, strict=True)):
+        return torch.conv_transpose2d(x, weight, bias, strides, paddings, extras, groups, dilations)
+    whole = torch.conv_transpose2d(x, weight, bias, strides, 0, 0, groups, dilations)
+    (top, left), (below, right) = paddings, extras
+    return functional.pad(whole, (-left, right - left, -top, below - top))
+
+
+def _pair(value: int | Pair) -> Pair:
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[-1])
