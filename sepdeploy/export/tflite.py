@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sepdeploy.core.quiet import first_line, quiet, silenced_native_stderr
 from sepdeploy.errors import ToolError, UsageError
-from sepdeploy.export.crop_transposed import CropTransposed
 from sepdeploy.export.flat_outputs import FlatOutputs, evaluating, output_shapes, require_below_2_gib
 from sepdeploy.export.refuse import refuse_export
+from sepdeploy.export.tflite_forms import TfliteForms
 
 if TYPE_CHECKING:
     import litert_torch
@@ -114,7 +114,7 @@ def _converted(
             module = litert_torch.to_channel_last_io(_Contiguous(model), args=[0], outputs=outputs_4d).eval()
             example = example.permute(0, 2, 3, 1).contiguous()
         try:
-            with torch.no_grad(), silenced_native_stderr(), _whole_names(), CropTransposed():
+            with torch.no_grad(), silenced_native_stderr(), _whole_names(), TfliteForms():
                 return litert_torch.convert(module, (example,))
         except Exception as error:
             raise refuse_export(error, "TFLite", "onnx") from error

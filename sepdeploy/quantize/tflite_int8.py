@@ -98,7 +98,7 @@ def _quantized(
 
 
 def _as_float32(value: float) -> np.ndarray:
-    return np.array([value], np.float32).astype(np.float64)
+    return np.array(value, np.float32).astype(np.float64)
 
 
 class TfliteTensors:

@@ -11,6 +11,7 @@ from torch import nn
 
 from sepdeploy.bench.litert import LitertSession
 from sepdeploy.errors import ToolError, UsageError
+from sepdeploy.export.tflite import export_tflite
 from sepdeploy.quantize.inspect_int8 import float_ops_of_tflite
 from sepdeploy.quantize.tflite_int8 import quantize_tflite
 
@@ -92,6 +93,29 @@ def test_damaged_file_is_a_tool_error(calibration: np.ndarray, tmp_path: Path) -
     (tmp_path / "bad.tflite").write_bytes(b"not a network")
     with pytest.raises(ToolError, match=r"could not quantize .*bad\.tflite"):
         quantize_tflite(tmp_path / "bad.tflite", tmp_path / "int8.tflite", single(calibration))
+
+
+class Constants(nn.Module):
+    """Constants that have to be in the scale of what an operator returns: CoordConv, and F.normalize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.register_buffer("rows", torch.linspace(-1, 1, 4).view(1, 1, 4, 1).expand(1, 1, 4, 4).clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.cat([self.conv(x), self.rows.expand(len(x), -1, -1, -1)], 1)
+        return nn.functional.normalize(y.mean((2, 3)) + y[:, :, 0, 0], dim=1)
+
+
+def test_constants_take_the_scale_of_the_output(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = Constants().eval(), torch.rand(4, 3, 6, 6)
+    export_tflite(network, images[:1], tmp_path / "float.tflite", is_channels_last=True)
+    quantize_tflite(tmp_path / "float.tflite", tmp_path / "int8.tflite", single(images.numpy()))
+    (output,) = LitertSession(tmp_path / "int8.tflite", is_channels_last=True).predict(images.numpy())
+    with torch.no_grad():
+        np.testing.assert_allclose(output, network(images).numpy(), atol=0.03)
 
 
 def test_missing_quantizer_says_how_to_install_it(

@@ -1,4 +1,4 @@
-"""Transposed convolutions as TFLite can write them down: without padding, and cut to size."""
+"""Operators written down as litert-torch 0.10 and TFLite can take them: the same function in other words."""
 
 from __future__ import annotations
 
@@ -10,25 +10,19 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CropTransposed"]
+__all__ = ["TfliteForms"]
 
 Pair = tuple[int, int]
 
 
-class CropTransposed(TorchFunctionMode):
-    """While it is active, 2-d transposed convolutions that TFLite has no padding for are computed whole and cropped.
-
-    TRANSPOSE_CONV knows no padding, and one, the same on both sides, that makes the output `stride` times as large as
-    the input. litert-torch 0.10 fails at others, such as the usual 3x3 with stride 2, padding 1 and output padding 1,
-    and fills what an output padding adds with zeros, where PyTorch has values that were computed.
-    """
+class TfliteForms(TorchFunctionMode):
+    """While it is active, some calls compute the same in a way that can be exported."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """`func`, or the equivalent of a transposed convolution."""
-        call = _cropped if func is torch.conv_transpose2d else func
-        return call(*args, **(kwargs or {}))
+        """What `func` returns."""
+        return _FORMS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _cropped(
@@ -41,6 +35,12 @@ def _cropped(
     groups: int = 1,
     dilation: int | Pair = 1,
 ) -> Tensor:
+    """A transposed convolution, computed whole and cropped where TFLite has no padding for it.
+
+    TRANSPOSE_CONV knows no padding, and one, the same on both sides, that makes the output `stride` times as large as
+    the input. litert-torch fails at others, such as the usual 3x3 with stride 2, padding 1 and output padding 1, and
+    fills what an output padding adds with zeros, where PyTorch has values that were computed.
+    """
     strides, paddings, extras, dilations = (_pair(each) for each in (stride, padding, output_padding, dilation))
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, weight.shape[2:], strict=True)]
     is_same = not any(extras) and all(r - s == 2 * p for r, s, p in zip(reach, strides, paddings, strict=True))
@@ -55,3 +55,18 @@ def _pair(value: int | Pair) -> Pair:
     if isinstance(value, int):
         return value, value
     return (value[0], value[-1])
+
+
+def _power(x: Tensor | float, exponent: Tensor | float) -> Tensor:
+    """Squares as products: POW takes no tensors of five dimensions, and runtimes have no int8 kernel for it."""
+    if isinstance(x, Tensor) and not isinstance(exponent, Tensor) and exponent == 2:
+        return x * x
+    return torch.pow(x, exponent)  # type: ignore[arg-type]
+
+
+_FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.conv_transpose2d: _cropped,
+    torch.pow: _power,
+    Tensor.pow: _power,
+    Tensor.__pow__: _power,
+}
