@@ -64,9 +64,46 @@ def _power(x: Tensor | float, exponent: Tensor | float) -> Tensor:
     return torch.pow(x, exponent)  # type: ignore[arg-type]
 
 
+def _exponential(x: Tensor) -> Tensor:
+    """exp(x) - 1 of the values below zero: of the others it would take up the range that 8 bits can tell apart."""
+    return torch.exp(x - torch.relu(x)) - 1.0
+
+
+def _elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    return _given(x, torch.relu(x) + _exponential(x) * alpha, inplace)
+
+
+def _celu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    return _given(x, torch.relu(x) + _exponential(x / alpha) * alpha, inplace)
+
+
+def _selu(x: Tensor, inplace: bool = False) -> Tensor:
+    return _given(x, _elu(x, 1.6732632423543772) * 1.0507009873554805, inplace)  # PyTorch's own constants
+
+
+def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """As relu(x) - log(sigmoid(|x|)), whose parts are small; litert-torch would take the logarithm of 1 + exp(x)."""
+    if threshold < 15:  # beyond it PyTorch returns x, which is another function then
+        return functional.softplus(x, beta, threshold)
+    return torch.relu(x) - torch.log(torch.sigmoid((x * beta).abs())) / beta
+
+
+def _mish(x: Tensor, inplace: bool = False) -> Tensor:
+    return _given(x, x * torch.tanh(_softplus(x)), inplace)
+
+
+def _given(x: Tensor, result: Tensor, inplace: bool) -> Tensor:
+    return x.copy_(result) if inplace else result
+
+
 _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv_transpose2d: _cropped,
     torch.pow: _power,
     Tensor.pow: _power,
     Tensor.__pow__: _power,
+    functional.elu: _elu,
+    functional.celu: _celu,
+    functional.selu: _selu,
+    functional.softplus: _softplus,
+    functional.mish: _mish,
 }

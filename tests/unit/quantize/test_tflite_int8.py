@@ -118,6 +118,38 @@ def test_constants_take_the_scale_of_the_output(tmp_path: Path) -> None:
         np.testing.assert_allclose(output, network(images).numpy(), atol=0.03)
 
 
+class Exponentials(nn.Module):
+    """Activations that litert-torch writes down with large exponentials, among which 8 bits lose all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.activations = nn.ModuleList(
+            [nn.ELU(0.5), nn.CELU(0.5), nn.SELU(), nn.Softplus(2.0), nn.Mish(), nn.Softplus(threshold=1.0)]
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.conv(x)
+        changed = nn.functional.elu(y + 1, inplace=True)
+        return changed, *(activation(y) for activation in self.activations)
+
+
+def test_activations_with_exponentials_keep_their_small_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = Exponentials().eval(), torch.randn(4, 3, 12, 12)
+    with torch.no_grad():
+        network.conv.weight.mul_(6)
+        wanted = [each.numpy() for each in network(images)]
+    assert min(each.max() for each in wanted) > 8  # exp(8) is 3,000 times exp(0)
+    export_tflite(network, images[:1], tmp_path / "float.tflite", is_channels_last=True)
+    quantize_tflite(tmp_path / "float.tflite", tmp_path / "int8.tflite", single(images.numpy()))
+    for name, least in (("float.tflite", 100), ("int8.tflite", 28)):
+        outputs = LitertSession(tmp_path / name, is_channels_last=True).predict(images.numpy())
+        sqnr = [10 * np.log10((w**2).sum() / ((o - w) ** 2).sum()) for o, w in zip(outputs, wanted, strict=True)]
+        exact = sqnr[:-1] if name == "int8.tflite" else sqnr  # of a threshold of its own only the function is kept
+        assert min(exact) > least, sqnr
+
+
 def test_missing_quantizer_says_how_to_install_it(
     float_tflite: Path, calibration: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
