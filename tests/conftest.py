@@ -78,8 +78,34 @@ class DoublingConv(nn.Conv2d):
         return 2 * super().forward(input)
 
 
+class NormAct(nn.BatchNorm2d):
+    """As timm has it: the activation is a child of the norm."""
+
+    def __init__(self, channels, act=nn.ReLU):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class FrozenNorm(nn.Module):
+    """As torchvision has it: everything is a buffer."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x):
+        weight, bias, mean, variance = (each[:, None, None] for each in self._buffers.values())
+        scale = weight * (variance + self.eps).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
 class ActivatedNorm(nn.BatchNorm2d):
-    """A batch norm with an activation inside, as timm's BatchNormAct2d."""
+    """A batch norm with an activation inside that is no module."""
 
     def forward(self, input):
         return F.relu(super().forward(input))
@@ -217,6 +243,15 @@ def norm_with_activation():
     return nn.Sequential(conv(), ActivatedNorm(8))
 
 
+def norm_with_children():
+    """With an activation of its own, in another norm and behind it."""
+    return nn.Sequential(conv(), NormAct(8), conv(), NormAct(8, nn.PReLU), conv(), NormAct(8, nn.Identity), nn.ReLU())
+
+
+def frozen_norm():
+    return Net(lambda n, x: n.b(F.relu(n.norm(n.a(x)))), a=conv(), norm=FrozenNorm(8), b=conv())
+
+
 def norm_in_training():
     net = Net(lambda n, x: n.bn(n.conv(x)), conv=conv(), bn=nn.BatchNorm2d(8))
     net.bn.train = lambda mode=True: net.bn
@@ -337,7 +372,8 @@ FACTORIES = {
         plain, chain, residual, twice, twice_in_place, shared_weight, aliased, list_reused, held_in_plain_list,
         functional, weight_used_elsewhere, own_forward, patched_forward, hooked, called_past_hooks, mixed_dimensions,
         norm_after_transposed, never_called, norm_input_read_elsewhere, norm_of_two_convs, norm_with_activation,
-        norm_in_training, conv_output_returned, relu_in_place, input_in_place, dict_output, nhwc, unbatched, keyword,
+        norm_with_children, frozen_norm, norm_in_training, conv_output_returned, relu_in_place, input_in_place,
+        dict_output, nhwc, unbatched, keyword,
         patches_as_batch, autocast, with_gradients, looks_at_type, reads_private_attribute, stale_geometry,
         swallows_everything, calls_by_value, not_finite, complex_weight, remade_in_forward,
     )
@@ -363,7 +399,7 @@ def _make_net(name, seed=0, **options):
     torch.manual_seed(seed)
     net = FACTORIES[name](**options).eval()
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # statistics of a trained network, not the identity
+        if isinstance(module, nn.BatchNorm2d | FrozenNorm):  # statistics of a trained network, not the identity
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
             module.weight.data.uniform_(0.5, 2)

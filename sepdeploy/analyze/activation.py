@@ -6,7 +6,7 @@ not, the operators are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sepdeploy.analyze.batch_norms import behind_norm
 from sepdeploy.analyze.recorder import run_once, watching_modules
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.selection import Activation
@@ -54,9 +55,11 @@ def find_activations(model: nn.Module, example: Tensor, trace: Trace) -> dict[st
         UsageError: if the network does not run on an input of this shape.
     """
     ends = {site.norm or site.name: site.name for site in trace.sites if site.spec is not None and site.calls}
-    names = {id(model.get_submodule(end)): site for end, site in ends.items()}
-    watch = _Watch(names)
-    with watching_modules(lambda _module: None, watch.leave), watch:
+    modules = {site: model.get_submodule(end) for end, site in ends.items()}
+    norms = (model.get_submodule(site.norm) for site in trace.sites if site.norm is not None)
+    holding = {id(norm) for norm in norms if not isinstance(behind_norm(norm), nn.Identity)}
+    watch = _Watch({id(module): site for site, module in modules.items()}, holding)
+    with watching_modules(watch.enter, watch.leave), watch:
         returned = run_once(model, example.clone())  # a copy: networks may normalize their input in place
     for leaf in tree_leaves(returned):
         if isinstance(leaf, Tensor):
@@ -65,17 +68,19 @@ def find_activations(model: nn.Module, example: Tensor, trace: Trace) -> dict[st
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records who reads the outputs of some modules.
+    """Records who reads the outputs of some modules; of norms that hold more, what they compute before that.
 
     Args:
         names: Name of the site whose output each module returns, by the module's id.
+        holding: Ids of those norms.
     """
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], holding: Collection[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._names = names
+        self._names, self._holding = names, holding
         self._readers: dict[str, list[list[Activation]]] = {}  # per call of a site
         self._outputs: dict[int, tuple[Tensor, list[Activation]]] = {}  # holds the tensors, so that ids stay unique
+        self._inside = ""  # the site whose norm runs, until one of its children does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -85,14 +90,29 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.read(leaf, activation)
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):
             self._outputs.pop(id(args[0]), None)  # from here on the tensor holds something else
+        if self._inside:
+            for leaf in tree_leaves(result)[:1]:
+                self._follow(leaf, self._readers[self._inside][-1])
         return result
+
+    def enter(self, module: nn.Module) -> None:
+        """A module begins."""
+        self._inside = self._names[id(module)] if id(module) in self._holding else ""
+        if self._inside:
+            self._readers.setdefault(self._inside, []).append([])
 
     def leave(self, module: nn.Module, output: object) -> None:
         """A module has returned `output`."""
-        if id(module) in self._names and isinstance(output, Tensor):
-            readers: list[Activation] = []
-            self._readers.setdefault(self._names[id(module)], []).append(readers)
-            self._outputs[id(output)] = (output, readers)
+        self._inside = ""
+        if id(module) in self._names and isinstance(output, Tensor) and id(module) not in self._holding:
+            self._readers.setdefault(self._names[id(module)], []).append([])
+            self._follow(output, self._readers[self._names[id(module)]][-1])
+
+    def _follow(self, output: Tensor, readers: list[Activation]) -> None:
+        """From now on record in `readers`, and nothing of before, who reads `output`."""
+        readers.clear()
+        self._outputs = {key: pair for key, pair in self._outputs.items() if pair[1] is not readers}
+        self._outputs[id(output)] = (output, readers)
 
     def read(self, tensor: Tensor, activation: Activation) -> None:
         """Something reads `tensor`: an activation, or empty for anything else."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,7 +52,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack: list[nn.Module] = []
         self.operations: list[Operation] = []
-        self.batchnorm_calls: Counter[int] = Counter()
+        self.module_calls: Counter[int] = Counter()
         self.parameter_readers: dict[int, set[int]] = {}  # parameter -> modules that ran an operator on it, by id
         self.linear_calls: list[LinearCall] = []
         self.total_macs = 0
@@ -115,8 +114,7 @@ def following_modules(recorder: Recorder) -> Iterator[None]:
     """Keep `recorder.stack` at the modules that are running."""
 
     def enter(module: nn.Module) -> None:
-        if isinstance(module, _BatchNorm):
-            recorder.batchnorm_calls[id(module)] += 1
+        recorder.module_calls[id(module)] += 1
         recorder.stack.append(module)
 
     def leave(module: nn.Module, output: object) -> None:

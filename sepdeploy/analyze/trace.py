@@ -16,12 +16,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.utils import _pair
 from torch.utils._pytree import tree_leaves
 
+from sepdeploy.analyze.batch_norms import has_hooks, is_batchnorm, is_overridden
 from sepdeploy.analyze.recorder import Operation, Recorder, following_modules, run_once
 from sepdeploy.core.conv import ConvCall, ConvSite, ConvSpec, Trace
 from sepdeploy.core.plan import Reason
 from sepdeploy.errors import UnsupportedModelError
 
-__all__ = ["conv_spec", "is_plain_batchnorm", "layer_spec", "output_tensors", "trace_network", "weight_owners"]
+__all__ = ["conv_spec", "layer_spec", "output_tensors", "trace_network", "weight_owners"]
 
 
 def trace_network(model: nn.Module, example: Tensor, *, includes_linear: bool = False) -> Trace:
@@ -256,9 +257,9 @@ def _structural_reason(
         return Reason.PARAMETRIZED
     base = nn.Linear if isinstance(conv, nn.Linear) else nn.Conv2d
     methods = [name for name in ("__call__", "forward", "_conv_forward") if hasattr(base, name)]
-    if any(_is_overridden(conv, base, method) for method in methods):
+    if any(is_overridden(conv, base, method) for method in methods):
         return Reason.CUSTOM_FORWARD
-    if _has_hooks(conv):
+    if has_hooks(conv):
         return Reason.HAS_HOOKS
     for parameter in conv.parameters():
         if owners[id(parameter)] > 1 or recorder.parameter_readers.get(id(parameter), set()) - {id(conv)}:
@@ -270,31 +271,8 @@ def _structural_reason(
     return None
 
 
-def _is_overridden(module: nn.Module, base: type[nn.Module], method: str) -> bool:
-    """Whether a subclass of `base`, or the object itself, brings its own `method`."""
-    return method in vars(module) or getattr(type(module), method) is not getattr(base, method)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def is_plain_batchnorm(module: nn.Module | None) -> bool:
-    """Whether the module does nothing but scale and shift: some subclasses have an activation inside."""
-    return (
-        isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-        and module.running_mean is not None
-        and not module.training
-        and not any(_is_overridden(module, nn.BatchNorm2d, method) for method in ("__call__", "forward"))
-        and not _has_hooks(module)
-        and not nn.utils.parametrize.is_parametrized(module)
-    )
-
-
 def _following_batchnorms(recorder: Recorder, output_ids: set[int]) -> dict[int, nn.Module]:
-    """Convolution id -> the BatchNorm2d that alone reads every output of it, and reads nothing else."""
+    """Convolution id -> the batch norm that alone reads every output of it, and reads nothing else."""
     found: dict[int, nn.Module] = {}
     calls: Counter[int] = Counter()
     rejected: set[int] = set()
@@ -304,16 +282,10 @@ def _following_batchnorms(recorder: Recorder, output_ids: set[int]) -> dict[int,
             continue
         calls[id(conv)] += 1
         reader = operation.readers[0] if len(operation.readers) == 1 else None
-        if (
-            reader is None
-            or not isinstance(reader, nn.BatchNorm2d)
-            or not is_plain_batchnorm(reader)
-            or id(operation.output) in output_ids
-            or found.setdefault(id(conv), reader) is not reader
-        ):
+        if reader is None or id(operation.output) in output_ids or found.setdefault(id(conv), reader) is not reader:
             rejected.add(id(conv))
     return {
         conv: norm
         for conv, norm in found.items()
-        if conv not in rejected and recorder.batchnorm_calls[id(norm)] == calls[conv]
+        if conv not in rejected and is_batchnorm(norm) and recorder.module_calls[id(norm)] == calls[conv]
     }

@@ -98,7 +98,8 @@ class ConvSite:
         calls: Its executions in order; empty if the forward pass never runs it.
         params: Weights and biases.
         aliases: Other qualified names under which the same module object is registered.
-        norm: Name of the batch norm that is the only reader of every output, None if there is none.
+        norm: Name of the batch norm that is the only reader of every output, None if there is none. It may hold what
+            follows it, such as an activation.
         reason: Why it cannot be replaced whatever the scheme; None if schemes may try.
     """
 

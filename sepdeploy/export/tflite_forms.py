@@ -65,7 +65,7 @@ def _power(x: Tensor | float, exponent: Tensor | float) -> Tensor:
 
 
 # Below, exponentials and logarithms are taken of small values: of large ones they would take up the range that 8 bits
-# can tell apart. LiteRT's int8 kernel of a ReLU that is not fused takes 3 times as long as the rest of such an activation.
+# can tell apart. LiteRT's int8 kernel of a ReLU that is not fused takes 3 times as long as the rest of an activation.
 
 
 def _elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:

@@ -8,15 +8,16 @@ each channel has a single one and a scale of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from sepdeploy.analyze.batch_norms import behind_norm, is_batchnorm, norm_parts
 from sepdeploy.analyze.flow_graph import operator
-from sepdeploy.analyze.trace import is_plain_batchnorm, weight_owners
-from sepdeploy.errors import ContractError
+from sepdeploy.analyze.trace import weight_owners
 from sepdeploy.passes.replace_convs import replace_modules
 from sepdeploy.schemes.module import ChainConv2d, batchnorm_affine
 
@@ -24,7 +25,7 @@ __all__ = ["ConvolvedNorm", "convolve_batchnorms", "lone_batchnorms", "norms_beh
 
 
 class ConvolvedNorm(nn.Conv2d):
-    """A batch norm in eval mode as a depthwise 1x1 convolution.
+    """A batch norm in eval mode as a depthwise 1x1 convolution, and what the norm holds besides.
 
     Args:
         norm: With running statistics.
@@ -33,13 +34,18 @@ class ConvolvedNorm(nn.Conv2d):
         ContractError: if it has none.
     """
 
-    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         scale, shift = batchnorm_affine(norm)
+        parts = norm_parts(norm)
+        dtype = parts.mean.dtype if parts else scale.dtype
         super().__init__(len(scale), len(scale), 1, groups=len(scale))
-        dtype = next((part.dtype for part in norm.buffers() if part.is_floating_point()), scale.dtype)
-        learns = any(weight.requires_grad for weight in norm.parameters())
+        learns = any(weight.requires_grad for weight in norm.parameters(recurse=False))
         self.weight = nn.Parameter(scale[:, None, None, None].to(dtype), learns)
         self.bias: nn.Parameter = nn.Parameter(shift.to(dtype), learns)
+        behind = behind_norm(norm)
+        self._runs_children = isinstance(behind, nn.Sequential)
+        for name, child in behind.named_children():
+            self.add_module(name, child)
         self.eval()
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -50,32 +56,38 @@ class ConvolvedNorm(nn.Conv2d):
         """Scale and shift (N, C), (N, C, L) or (N, C, H, W)."""
         missing = 4 - x.dim()
         result = super().forward(x[(..., *[None] * missing)])
-        return result.flatten(1 + (missing == 1), 3) if missing else result
+        result = result.flatten(1 + (missing == 1), 3) if missing else result
+        for child in self.children() if self._runs_children else ():
+            result = child(result)
+        return result
 
 
 @torch.no_grad()
 def lone_batchnorms(network: nn.Module, example: Tensor) -> tuple[str, ...]:
     """Names of the batch norms that run and can be written as convolutions.
 
-    Those that do more than to scale and shift, such as subclasses with an activation inside, stay; so do those in
-    training mode, those that share their weights, those with a factor but no bias, and those inside of the forms of
-    replaced convolutions, which lowerings fold.
+    Those in training mode stay, those that share weights or statistics, those with a factor but no bias, and those
+    inside of other norms or of the forms of replaced convolutions, which lowerings fold.
 
     Args:
         network: In eval mode, the norms behind convolutions folded.
         example: One image, (1, ...).
     """
-    owners = weight_owners(network)
+    owners = Counter(
+        id(tensor)
+        for module in network.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
     inside = {id(part) for chain in network.modules() if isinstance(chain, ChainConv2d) for part in chain.modules()}
-    names = {
-        name: module
-        for name, module in network.named_modules()
-        if name
-        and id(module) not in inside
-        and is_plain_batchnorm(module)
-        and all(owners[id(weight)] == 1 for weight in module.parameters())
-        and len(list(module.parameters())) != 1
-    }
+    names: dict[str, nn.Module] = {}
+    for name, module in network.named_modules():  # what holds a module comes before it
+        parts = norm_parts(module) if name and id(module) not in inside and is_batchnorm(module) else None
+        if parts is None or any(owners[id(tensor)] > 1 for tensor in parts.tensors if tensor is not None):
+            continue
+        is_held = any(name.startswith(f"{other}.") for other in names)
+        if not is_held and (parts.weight is None or parts.bias is not None):
+            names[name] = module
     ran: set[int] = set()
     hooks = [module.register_forward_hook(lambda module, *_: ran.add(id(module))) for module in names.values()]
     try:
@@ -136,8 +148,5 @@ def convolve_batchnorms(network: nn.Module, names: Iterable[str]) -> None:
     """
     replacements = {}
     for name in names:
-        norm = network.get_submodule(name)
-        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-            raise ContractError(f"{name} is no batch norm")
-        replacements[name] = ConvolvedNorm(norm)
+        replacements[name] = ConvolvedNorm(network.get_submodule(name))
     replace_modules(network, replacements)

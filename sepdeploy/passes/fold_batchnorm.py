@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sepdeploy.analyze.batch_norms import behind_norm, norm_parts
 from sepdeploy.errors import ContractError
 from sepdeploy.passes.convolve_batchnorms import ConvolvedNorm
 from sepdeploy.passes.replace_convs import copy_network, replace_modules
@@ -17,7 +18,7 @@ __all__ = ["fold_batchnorm", "unfold_batchnorm"]
 
 @torch.no_grad()
 def fold_batchnorm(model: nn.Module, pairs: Mapping[str, str]) -> tuple[str, ...]:
-    """Scale each layer as its batch norm would, and put an identity in the norm's place; in place.
+    """Scale each layer as its batch norm would, and leave of the norm what it holds besides; in place.
 
     y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is the convolution with every output channel scaled by
     gamma / sqrt(var + eps), plus a bias.
@@ -33,8 +34,6 @@ def fold_batchnorm(model: nn.Module, pairs: Mapping[str, str]) -> tuple[str, ...
     folded: dict[str, nn.Module] = {}
     for conv_name, norm_name in pairs.items():
         conv, norm = modules[conv_name], modules[norm_name]
-        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-            raise ContractError(f"{norm_name} is no batch norm")
         scale, shift = batchnorm_affine(norm)
         if isinstance(conv, ChainConv2d):
             conv.scale_outputs(scale, shift)
@@ -44,7 +43,7 @@ def fold_batchnorm(model: nn.Module, pairs: Mapping[str, str]) -> tuple[str, ...
             conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
         else:
             raise ContractError(f"{conv_name} is no convolution and no linear layer")
-        folded[norm_name] = nn.Identity()
+        folded[norm_name] = behind_norm(norm)
     replace_modules(model, folded)
     return tuple(folded)
 
@@ -59,7 +58,7 @@ def _scale_outputs(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 def unfold_batchnorm(network: nn.Module, folded: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
     """A copy of `network`, batch norms and all, that computes what a folded version of it computes.
 
-    The weights are those of `folded`; each norm becomes an identity, but for the bias where its convolution has none.
+    The weights are those of `folded`; each norm does nothing but add the bias where its convolution has none.
     Norms that `convolve_batchnorms` wrote as convolutions get their weights.
 
     Args:
@@ -75,41 +74,31 @@ def unfold_batchnorm(network: nn.Module, folded: nn.Module, pairs: Mapping[str, 
             parameter.copy_(own[name].reshape(parameter.shape))  # of a norm that was written as a convolution
     modules = dict(copy.named_modules(remove_duplicate=False))
     for conv_name, norm_name in pairs.items():
-        norm = modules[norm_name]
-        if (
-            not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-            or norm.running_mean is None
-            or norm.running_var is None
-        ):
-            raise ContractError(f"{norm_name} is no batch norm with statistics")
-        shift = torch.zeros_like(norm.running_mean)
-        if modules[conv_name].bias is None:
-            shift += parts[conv_name].bias
-        norm.running_var.fill_(1 - norm.eps)
-        norm.running_mean.zero_()
-        own_weight, own_bias = (norm._parameters.get(part) for part in ("weight", "bias"))
-        if own_weight is not None:
-            own_weight.fill_(1)
-        if own_bias is not None:
-            own_bias.copy_(shift)
-        else:
-            norm.running_mean.copy_(-shift)
+        shift = None if modules[conv_name].bias is not None else parts[conv_name].bias
+        _set_affine(modules[norm_name], None, shift)
     for name, part in parts.items():
         if isinstance(part, ConvolvedNorm):
-            _take_back(modules[name], part)
+            _set_affine(modules[name], *part.affine())
     return copy
 
 
-def _take_back(norm: nn.Module, convolved: ConvolvedNorm) -> None:
-    """Let a norm, which has got the convolution's weights where it has weights, compute what the convolution does.
+def _set_affine(norm: nn.Module, scale: Tensor | None, shift: Tensor | None) -> None:
+    """Let a batch norm do nothing but scale, by 1 if None, and shift, by 0.
 
     Without weights it has a positive factor only; those that int8 changes stay positive.
     """
-    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
-        raise ContractError("what was written as a convolution is no batch norm with statistics")
-    norm.running_var.fill_(1 - norm.eps)
-    norm.running_mean.zero_()
-    if not norm.affine:
-        scale, shift = convolved.affine()
-        norm.running_var.copy_(scale**-2 - norm.eps)
-        norm.running_mean.copy_(-shift / scale)
+    parts = norm_parts(norm)
+    if parts is None:
+        raise ContractError(f"{type(norm).__name__} is no batch norm with running statistics")
+    scale = torch.ones_like(parts.mean) if scale is None else scale
+    shift = torch.zeros_like(parts.mean) if shift is None else shift
+    if parts.weight is not None:
+        parts.variance.fill_(1 - parts.eps)
+        parts.weight.copy_(scale)
+    else:
+        parts.variance.copy_(scale**-2 - parts.eps)
+    if parts.bias is not None:
+        parts.mean.zero_()
+        parts.bias.copy_(shift)
+    else:
+        parts.mean.copy_(-shift / scale)

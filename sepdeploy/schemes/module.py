@@ -278,18 +278,21 @@ def _write(values: WeightedChain, chain: Chain, modules: nn.Module) -> None:
                 _write_bias(_factor_module(module), item.bias)
 
 
-def batchnorm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) in float64 that a batch norm applies in eval mode.
+def batchnorm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) in float64 that a batch norm of any class applies in eval mode.
 
     Raises:
         ContractError: if it has no running statistics.
     """
-    if norm.running_mean is None or norm.running_var is None:
-        raise ContractError("a batch norm without running statistics cannot be folded")
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
+    mean, variance, weight, bias = (
+        getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    if mean is None or variance is None:
+        raise ContractError(f"{type(norm).__name__} is no batch norm with running statistics, and cannot be folded")
+    scale = torch.rsqrt(variance.double() + float(norm.eps))  # type: ignore[arg-type]
+    if weight is not None:
+        scale = scale * weight.double()
+    shift = -mean.double() * scale
+    if bias is not None:
+        shift = shift + bias.double()
     return scale, shift

@@ -80,7 +80,7 @@ def deploy(
         ToolError: if a file computes something else than the network.
     """
     batch = _first_images(inputs)
-    folded = cache(lambda: fold_network(network, traced, batch))  # only where there is something to export
+    folded = cache(lambda: fold_network(network, traced, batch).network)  # only where there is something to export
     for file_format in options.formats:  # a lowering that does not exist is refused before anything takes long
         _lowering(options, file_format, Precision.FLOAT32, network, plan)
     prepared = Int8Network(Int8Record("minmax", False, None, (), ()), folded)

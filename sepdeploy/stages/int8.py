@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from sepdeploy.analyze.batch_norms import is_plain_batchnorm
 from sepdeploy.analyze.flow_graph import capture_graph
 from sepdeploy.core.artifact import Role
 from sepdeploy.core.codec import read_json, write_json
@@ -188,10 +190,12 @@ def without_lone_norms(folded: nn.Module, example: Tensor) -> tuple[nn.Module, L
         behind = norms_behind_layers(folded, names, capture_graph(folded, example))
     except UnsupportedModelError:
         behind = {}
-    for norms in (
-        LoneNorms(behind, tuple(name for name in names if name not in behind.values())),
-        LoneNorms({}, names),
-    ):
+    plain = tuple(name for name in names if is_plain_batchnorm(folded.get_submodule(name)))
+    for chosen, folds in product((names, plain), (True, False)):  # the network may look into norms of other classes
+        pairs = {layer: norm for layer, norm in behind.items() if folds and norm in chosen}
+        norms = LoneNorms(pairs, tuple(name for name in chosen if name not in pairs.values()))
+        if not chosen:
+            break
         try:
             network = _rewritten(folded, norms)
             error = largest_error(*(run_network(each, example) for each in (folded, network)))

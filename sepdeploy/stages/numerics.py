@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from sepdeploy.analyze.batch_norms import is_plain_batchnorm
 from sepdeploy.bench.session import open_session
 from sepdeploy.core.conv import Trace
 from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError
@@ -16,7 +20,7 @@ from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.passes.replace_convs import copy_network
 from sepdeploy.planning.evaluate import run_network
 
-__all__ = ["NUMERIC_TOLERANCE", "check_numerics", "fold_network", "largest_error", "numeric_error"]
+__all__ = ["NUMERIC_TOLERANCE", "FoldedNetwork", "check_numerics", "fold_network", "largest_error", "numeric_error"]
 
 NUMERIC_TOLERANCE = 1e-4
 """Largest difference between a float file and its PyTorch network, relative to the largest output."""
@@ -25,26 +29,46 @@ _SMALLEST_RANGE = 1e-6 / NUMERIC_TOLERANCE
 """Outputs smaller than this count as this large: whatever they are, 1e-6 is rounding."""
 
 
-def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> nn.Module:
-    """A copy with every batch norm folded that directly follows a convolution, checked on real images.
+@dataclass(frozen=True, slots=True)
+class FoldedNetwork:
+    """A network without the batch norms behind its convolutions.
+
+    Attributes:
+        network: A copy.
+        pairs: Name of each convolution -> the norm that was folded into it.
+    """
+
+    network: nn.Module
+    pairs: Mapping[str, str]
+
+
+def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> FoldedNetwork:
+    """Fold every batch norm that directly follows a convolution, in a copy that is checked on real images.
+
+    A network may look into a norm, or give it more than a tensor; then those of other classes stay, or all.
 
     Raises:
         UnsupportedModelError: if the network's own outputs are NaN.
         ContractError: if the outputs change by more than rounding.
     """
-    folded: nn.Module = copy_network(network).eval()
-    folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    fold_batchnorm(folded, {site.name: site.norm for site in traced.sites if site.norm is not None})
     expected = run_network(network, torch.from_numpy(batch))
     if any(np.isnan(output).any() for output in expected):
         raise UnsupportedModelError(
             "the network gives NaN on validation images, so nothing can be compared with it; check its weights and the "
             "mean and std of the images"
         )
-    error = largest_error(expected, run_network(folded, torch.from_numpy(batch)))
-    if not error <= NUMERIC_TOLERANCE:
-        raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
-    return folded
+    pairs = {site.name: site.norm for site in traced.sites if site.norm is not None}
+    plain = {name: norm for name, norm in pairs.items() if is_plain_batchnorm(network.get_submodule(norm))}
+    error = math.inf
+    for chosen in (pairs, plain, {}):
+        folded = copy_network(network).eval()
+        folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        fold_batchnorm(folded, chosen)
+        with suppress(Exception):  # whatever Python code does with what it takes for a norm
+            error = largest_error(expected, run_network(folded, torch.from_numpy(batch)))
+            if error <= NUMERIC_TOLERANCE:
+                return FoldedNetwork(folded, chosen)
+    raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
 
 
 def check_numerics(path: Path, network: nn.Module, batch: np.ndarray, *, is_channels_last: bool) -> None:

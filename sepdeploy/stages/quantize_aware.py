@@ -17,11 +17,11 @@ from sepdeploy.core.progress import Progress
 from sepdeploy.core.training import RecoveryStep, TrainOptions
 from sepdeploy.data.images import ImageSet
 from sepdeploy.errors import UnsupportedModelError
-from sepdeploy.passes.fold_batchnorm import fold_batchnorm, unfold_batchnorm
-from sepdeploy.passes.replace_convs import copy_network
+from sepdeploy.passes.fold_batchnorm import unfold_batchnorm
 from sepdeploy.quantize.simulate import fake_quantized
 from sepdeploy.stages.int8 import prepare_for_int8, without_lone_norms
 from sepdeploy.stages.load import Inputs
+from sepdeploy.stages.numerics import fold_network
 from sepdeploy.train.finetune import finetune
 from sepdeploy.train.optimization import peak_learning_rate
 
@@ -99,10 +99,8 @@ def train_for_int8(
         UsageError: if images and options do not fit, or training diverges.
         UnsupportedModelError: if the network's data flow cannot be captured.
     """
-    pairs = {site.name: site.norm for site in traced.sites if site.norm is not None}
-    folded = copy_network(network).eval()
-    fold_batchnorm(folded, pairs)
-    folded, norms = without_lone_norms(folded, inputs.example())  # as its files will be without them
+    without_norms = fold_network(network, traced, inputs.example().numpy())
+    folded, norms = without_lone_norms(without_norms.network, inputs.example())  # as its files will be without them
     prepared = prepare_for_int8(options.int8, inputs, traced, folded, options.seed)
     graph = capture_graph(prepared.network, inputs.example())
     student: nn.Module = fake_quantized(graph, {place.name: place.affine for place in prepared.places})
@@ -122,7 +120,7 @@ def train_for_int8(
     _take_over(prepared.network, trained.graph if isinstance(trained, _OneByOne) else trained)
     step = replace(step, name="quantization-aware training")
     return TrainedForInt8(
-        unfold_batchnorm(network, prepared.network, pairs | dict(norms.folded)), step, prepared.places
+        unfold_batchnorm(network, prepared.network, {**without_norms.pairs, **norms.folded}), step, prepared.places
     )
 
 

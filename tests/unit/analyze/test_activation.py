@@ -85,11 +85,39 @@ def test_what_follows_a_convolution(run, activation) -> None:
         ("never_called", {"conv": "", "unused": ""}),
         ("norm_input_read_elsewhere", {"conv": ""}),
         ("norm_with_activation", {"0": ""}),
+        ("norm_with_children", {"0": "relu", "2": "", "4": "relu"}),  # no runtime fuses a PReLU
+        ("frozen_norm", {"a": "relu", "b": ""}),
         ("functional", {"conv": "relu", ":conv2d[0]": ""}),
     ],
 )
 def test_networks(make_net, name, expected) -> None:
     assert found(*make_net(name)) == expected
+
+
+def test_norms_of_several_operators_with_an_activation_inside(make_net) -> None:
+    """Only what is behind the last of them reads the norm's result; also where the norm is called twice."""
+    net, x = make_net("frozen_norm")
+    frozen = type(net.norm)
+
+    class Activated(frozen):
+        def forward(self, x):
+            return self.act(frozen.forward(self, x))
+
+    net.norm.__class__ = Activated
+    net.norm.act = nn.ReLU6(inplace=True)
+    assert found(nn.Sequential(net.a, net.norm, net.a, net.norm, nn.Hardswish()), x) == {"0": "relu6"}
+    net.norm.act = nn.Identity()
+    assert found(nn.Sequential(net.a, net.norm, nn.Hardswish(), net.a, net.norm), x) == {"0": ""}
+
+
+def test_children_of_a_convolution_are_no_part_of_a_norm() -> None:
+    class Activated(nn.Conv2d):
+        def forward(self, x):
+            return self.act(super().forward(x))
+
+    conv = Activated(8, 8, 1)
+    conv.act = nn.ReLU()
+    assert found(nn.Sequential(conv, nn.Sigmoid()).eval(), torch.randn(1, 8, 4, 4)) == {"0": "sigmoid"}
 
 
 def test_a_convolution_called_twice_with_the_same_activation() -> None:

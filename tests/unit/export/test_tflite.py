@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -177,3 +178,17 @@ def test_awkward_operators_compute_what_pytorch_computes(tmp_path):
     (output,) = run(tmp_path / "net.tflite", x.permute(0, 2, 3, 1).numpy()).values()
     with torch.no_grad():
         np.testing.assert_allclose(output, network(x).numpy(), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_the_first_import_of_the_converter_is_quiet_too(folder: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from sepdeploy.export.tflite import export_tflite\n"
+        "export_tflite(torch.nn.Conv2d(3, 4, 3).eval(), torch.zeros(1, 3, 8, 8), Path(sys.argv[1]),"
+        " is_channels_last=False)"
+    )
+    path = folder / "fresh.tflite"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    assert path.is_file()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -75,6 +75,39 @@ def test_norms_become_convolutions_and_the_function_stays():
     assert not any(module.training for module in net.modules())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["norm_with_children", "frozen_norm"])
+def test_norms_of_other_classes_with_what_they_hold(make_net, name):
+    """As in pre-activation networks of timm; the convolution before each is left out."""
+    parts = [module for module in make_net(name)[0].modules() if "running_mean" in module._buffers]
+    net = nn.Sequential(*parts).eval()
+    x = torch.randn(2, 8, 4, 5)
+    names = lone_batchnorms(net, x)
+    assert len(names) == len(parts)
+    changed = copy.deepcopy(net)
+    convolve_batchnorms(changed, names)
+    assert torch.allclose(changed(x), net(x), rtol=1e-5, atol=1e-5)
+    for weight in changed.parameters():
+        weight.mul_(1.1)
+    back = unfold_batchnorm(net, changed, {})
+    assert back.state_dict().keys() == net.state_dict().keys()
+    assert torch.allclose(back(x), changed(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(back(x), net(x), atol=1e-2)
+
+
+@torch.no_grad()
+def test_frozen_norms_that_share_buffers_have_no_bias_or_are_inside_of_another_stay(make_net):
+    frozen = make_net("frozen_norm")[0].norm
+    sharing = copy.deepcopy(frozen)
+    sharing.weight = frozen.weight
+    lame, outer = copy.deepcopy(frozen), copy.deepcopy(make_net("norm_with_children")[0][1])
+    lame.bias = None
+    lame.forward = lambda x: nn.functional.batch_norm(x, lame.running_mean, lame.running_var, lame.weight, eps=lame.eps)
+    outer.act = nn.BatchNorm2d(8).eval()
+    net = nn.Sequential(frozen, sharing, lame, outer).eval()
+    assert lone_batchnorms(net, torch.randn(2, 8, 4, 5)) == ("3",)
+
+
 def test_norms_in_training_or_inside_of_a_form_stay():
     form = ChainSum((Chain((Factor(4, 4, (1, 1)), Factor(4, 4, (1, 1)))),))
     chain = ChainConv2d(form, ConvSpec(4, 4, (1, 1)), bias=False)
@@ -86,11 +119,27 @@ def test_norms_in_training_or_inside_of_a_form_stay():
 
 def test_frozen_norms_stay_frozen_and_others_are_our_bug():
     norm = trained(nn.BatchNorm2d(4)).requires_grad_(False)
+    norm.act = nn.ReLU()  # which it does not run
     net = nn.Sequential(nn.ReLU(), norm)
-    with pytest.raises(ContractError, match="0 is no batch norm"):
+    x = torch.randn(2, 4, 3, 3)
+    before = net(x)
+    with pytest.raises(ContractError, match="ReLU is no batch norm"):
         convolve_batchnorms(net, ["0"])
     convolve_batchnorms(net, ["1"])
+    assert torch.allclose(net(x), before, atol=1e-5)
     assert not any(weight.requires_grad for weight in net.parameters())
+
+
+@torch.no_grad()
+def test_what_a_norm_holds_learns_by_itself(make_net):
+    norm = make_net("norm_with_children")[0][3]
+    norm.weight.requires_grad_(False)
+    norm.bias.requires_grad_(False)
+    net = nn.Sequential(norm, norm.act)  # which somebody else uses too
+    names = lone_batchnorms(net, torch.randn(2, 8, 4, 5))
+    assert names == ("0",)
+    convolve_batchnorms(net, names)
+    assert {name for name, weight in net.named_parameters() if weight.requires_grad} == {"0.act.weight"}
 
 
 @torch.no_grad()

@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.chain import Chain, ChainSum, Factor, Shuffle
 from sepdeploy.core.codec import read_json
@@ -65,7 +67,8 @@ class Run:
         torch.manual_seed(0)
         chain = ChainConv2d(form, SPEC, bias=True)
         self.folder, self.network = folder, nn.Sequential(chain, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
-        self.stages = []
+        shapes = {"input_shape": (1, 8, 6, 6), "output_shapes": ((1, 4, 6, 6),)}
+        self.traced, self.stages = Trace(sites=(), total_macs=0, total_params=0, **shapes), []
 
     def stage(self, text):
         self.stages.append(text)
@@ -81,8 +84,7 @@ class Run:
         example = torch.from_numpy(Images.pixels[:1])
         inputs = SimpleNamespace(calibration=Images(), validation=Images(), network_key=dict, example=lambda: example)
         store = StageStore(self.folder, on_change=lambda: None)
-        trace = Trace(sites=(), input_shape=(1, 8, 6, 6), output_shapes=((1, 4, 6, 6),), total_macs=0, total_params=0)
-        return deploy.deploy(store, options, inputs, trace, self.network, role, "weights", self, plan)
+        return deploy.deploy(store, options, inputs, self.traced, self.network, role, "weights", self, plan)
 
     def ops(self, name):
         return {node.op_type for node in onnx.load(self.folder / name).graph.node}
@@ -159,6 +161,22 @@ def test_norms_without_a_convolution_before_them_are_int8_and_stay_norms_in_floa
     assert run.stages == []
 
 
+@torch.no_grad()
+def test_norms_that_hold_their_activation_are_folded_and_none_stays_float(make_net, tmp_path):
+    run = Run(tmp_path, PLAIN)
+    first = make_net("norm_with_children", seed=1)[0][1]
+    run.network = nn.Sequential(first, make_net("norm_with_children")[0], make_net("frozen_norm")[0]).eval()
+    run.traced = trace_network(run.network, torch.from_numpy(Images.pixels[:1]))
+    float_file, int8_file = run.deploy()
+    assert Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node) == {
+        "Conv": 5, "Relu": 4, "PRelu": 1, "BatchNormalization": 1,
+    }  # fmt: skip
+    assert not {"BatchNormalization", "Mul", "Add"} & run.ops("model.int8.onnx")
+    assert float_file.max_abs_error < 1e-5 < int8_file.max_abs_error
+    record = read_json(Int8Record, tmp_path / "work" / "int8.converted.json")
+    assert record.norms == LoneNorms({}, ("0",))
+
+
 class Reading(nn.Module):
     """Reads the statistics of a norm besides, which must then stay a norm."""
 
@@ -173,6 +191,22 @@ class Reading(nn.Module):
 def test_a_norm_that_the_network_reads_otherwise_stays():
     network = Reading().eval()
     assert without_lone_norms(network, torch.from_numpy(Images.pixels[:1])) == (network, LoneNorms())
+
+
+def test_norms_of_other_classes_that_the_network_looks_into_do_not_keep_plain_ones(make_net):
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.other = (make_net("norm_with_children")[0][i] for i in (1, 3))
+            self.plain.__class__ = nn.BatchNorm2d
+
+        def forward(self, x):
+            return self.other(self.plain(x)) * self.other.running_var.sum()
+
+    network, x = Looking().eval(), torch.from_numpy(Images.pixels[:1])
+    written, norms = without_lone_norms(network, x)
+    assert norms == LoneNorms({}, ("plain",))
+    torch.testing.assert_close(written(x), network(x))
 
 
 class OneSignal(nn.Module):

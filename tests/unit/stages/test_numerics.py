@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+from sepdeploy.analyze.trace import trace_network
 from sepdeploy.core.conv import Trace
 from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError
 from sepdeploy.stages import numerics
@@ -50,6 +51,63 @@ def test_infinities_are_equal_to_themselves_and_leave_the_range_alone():
     assert error([-INF, 1.0], [-INF, 1.5]) == 0.5
     assert error([-INF, 1.0], [INF, 1.0]) == INF
     assert error([-INF, 1.0], [-1e38, 1.0]) == INF
+
+
+class LookingIn(nn.Module):
+    """A network that uses more of its norm than its output."""
+
+    def __init__(self, norm, look):
+        super().__init__()
+        self.conv, self.norm, self.last, self.plain = nn.Conv2d(8, 8, 3), norm, nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.look = look
+
+    def forward(self, x):
+        return self.plain(self.last(self.look(self.norm, self.conv(x))))
+
+
+def with_its_factor(norm, x):
+    return norm(x) + norm.weight.sum()
+
+
+def by_its_type(norm, x):
+    return norm(x) if isinstance(norm, nn.BatchNorm2d) else x * 2
+
+
+@pytest.mark.parametrize(("look", "folded"), [
+    (lambda norm, x: norm(x), ["conv", "last"]), (with_its_factor, ["last"]), (by_its_type, ["last"]),
+])  # fmt: skip
+@torch.no_grad()
+def test_norms_with_more_inside_are_folded_where_the_network_does_not_look_into_them(make_net, look, folded):
+    inner = make_net("norm_with_children")[0][1]
+    network = LookingIn(inner, look).eval()
+    x = torch.randn(2, 8, 6, 6)
+    found = fold_network(network, trace_network(network, x[:1]), x.numpy())
+    assert sorted(found.pairs) == folded
+    assert isinstance(found.network.norm, nn.Sequential) == ("conv" in folded)
+    assert isinstance(found.network.plain, nn.Identity)
+    assert torch.allclose(found.network(x), network(x), atol=1e-5)
+
+
+class LookingEverywhere(nn.Module):
+    def __init__(self, look):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, eps=0.5)
+        self.norm.act = nn.ReLU()
+        self.look = look
+
+    def forward(self, x):
+        return self.look(self.norm, self.conv(x))
+
+
+@pytest.mark.parametrize(("look", "folded"), [
+    (lambda norm, x: norm.act(norm(x)), ["conv"]), (with_its_factor, []), (by_its_type, []),
+])  # fmt: skip
+@torch.no_grad()
+def test_plain_norms_that_the_network_looks_into_stay(look, folded):
+    network, x = LookingEverywhere(look).eval(), torch.randn(2, 8, 6, 6)
+    found = fold_network(network, trace_network(network, x[:1]), x.numpy())
+    assert sorted(found.pairs) == folded
+    assert torch.allclose(found.network(x), network(x), atol=1e-5)
 
 
 class Sum(nn.Module):

@@ -44,10 +44,10 @@ class Awkward(nn.Module):
 class PreActivation(nn.Module):
     """Norms that no convolution precedes, with weights and without."""
 
-    def __init__(self):
+    def __init__(self, norm, inner):
         super().__init__()
         self.stem, self.second, self.linear = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
-        self.inner, self.norm, self.last = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
+        self.inner, self.norm, self.last = inner, norm, nn.BatchNorm2d(8, affine=False)
         self.flat = nn.BatchNorm1d(4)
         for norm in (self.inner, self.norm, self.last, self.flat):
             norm.running_mean.normal_()
@@ -96,9 +96,14 @@ def test_one_image_at_a_time_and_two_names_for_a_weight(inputs, tmp_path):
     assert damage == pytest.approx(trained.step.damage_after, rel=1e-3)
 
 
-def test_norms_without_a_convolution_before_them_are_trained_as_their_files_have_them(inputs, tmp_path):
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_norms_without_a_convolution_before_them_are_trained_as_their_files_have_them(
+    is_plain, inputs, tmp_path, make_net
+):
+    holding = make_net("norm_with_children")[0]
     torch.manual_seed(0)
-    network = PreActivation().eval().requires_grad_(False)
+    network = PreActivation(*(nn.BatchNorm2d(8), nn.BatchNorm2d(8)) if is_plain else (holding[1], holding[5]))
+    network = network.eval().requires_grad_(False)
     inputs = replace(inputs, network=network)
     student = copy.deepcopy(network).requires_grad_(True)
     with torch.no_grad():
@@ -112,7 +117,7 @@ def test_norms_without_a_convolution_before_them_are_trained_as_their_files_have
     assert trained.step.is_kept
     assert trained.network.state_dict().keys() == network.state_dict().keys()
     assert not torch.equal(trained.network.norm.weight, student.norm.weight)
-    folded = fold_network(trained.network, traced, next(images.batches(4))[0])
+    folded = fold_network(trained.network, traced, next(images.batches(4))[0]).network
     written, norms = without_lone_norms(folded, inputs.example())  # as `deploy` does
     assert norms == LoneNorms({"linear": "flat"}, ("norm", "last"))
     settled = {place.name: place.affine for place in trained.places}
