@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -100,8 +101,83 @@ def _given(x: Tensor, result: Tensor, inplace: bool) -> Tensor:
     return x.copy_(result) if inplace else result
 
 
+def _nearest(
+    x: Tensor,
+    size: int | Pair | None = None,
+    scale_factor: float | tuple[float, ...] | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
+    """Nearest neighbours at a ratio that is no whole number are picked: TFLite's operator would take others."""
+    same = functional.interpolate(x, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+    if mode != "nearest" or x.dim() != 4 or all(n % m == 0 for n, m in zip(same.shape[2:], x.shape[2:], strict=True)):
+        return same
+    factors: tuple[float | None, ...] = (None, None)
+    if size is None and not recompute_scale_factor and scale_factor is not None:
+        factors = scale_factor if isinstance(scale_factor, tuple | list) else (scale_factor, scale_factor)
+    for axis, factor in enumerate(factors, 2):
+        before, after = x.shape[axis], same.shape[axis]
+        step = before / after if factor is None else 1 / factor
+        picked = [min(int(np.float32(i) * np.float32(step)), before - 1) for i in range(after)]
+        x = x.index_select(axis, torch.tensor(picked))
+    return x
+
+
+def _average(
+    x: Tensor,
+    kernel_size: int | Pair,
+    stride: int | Pair | None = None,
+    padding: int | Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Averages without the padding are those with it, times a constant: else they are a loop that stays in float."""
+    if count_include_pad or not any(_pair(padding)) or divisor_override is not None:
+        return functional.avg_pool2d(
+            x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override=divisor_override
+        )
+    result = functional.avg_pool2d(x, kernel_size, stride, padding, ceil_mode)
+    ratios = []
+    windows = zip(
+        _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), x.shape[-2:], result.shape[-2:], strict=True
+    )
+    for kernel, step, padded, before, after in windows:
+        starts = [i * step - padded for i in range(after)]
+        ratios.append([(min(s + kernel, before + padded) - s) / (min(s + kernel, before) - max(s, 0)) for s in starts])
+    return result * torch.tensor([[row * column for column in ratios[1]] for row in ratios[0]])
+
+
+def _largest(x: Tensor, output_size: int | tuple[int | None, int | None], return_indices: bool = False) -> Any:
+    """Adaptive maxima, which litert-torch does not know, by the rows and then the columns of each window."""
+    if return_indices:
+        return functional.adaptive_max_pool2d(x, output_size, True)  # type: ignore[call-overload]
+    for axis, wanted in zip((-2, -1), (output_size,) * 2 if isinstance(output_size, int) else output_size, strict=True):
+        before = x.shape[axis]
+        after = before if wanted is None else wanted
+        ends = [(i * before // after, -(-(i + 1) * before // after)) for i in range(after)]
+        x = torch.cat([x.narrow(axis, start, end - start).amax(axis, keepdim=True) for start, end in ends], axis)
+    return x
+
+
+def _normalized(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    """Local response normalization, whose sums over neighbouring channels are a 1x1 convolution."""
+    if x.dim() != 4:
+        return functional.local_response_norm(x, size, alpha, beta, k)
+    channels = range(x.shape[1])
+    near = [[alpha / size if -(size // 2) <= j - i <= (size - 1) // 2 else 0.0 for j in channels] for i in channels]
+    sums = functional.conv2d(x * x, torch.tensor(near)[:, :, None, None], torch.full((len(channels),), float(k)))
+    return x / sums**beta
+
+
 _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv_transpose2d: _cropped,
+    functional.interpolate: _nearest,
+    functional.avg_pool2d: _average,
+    functional.adaptive_max_pool2d: _largest,
+    functional.local_response_norm: _normalized,
     torch.pow: _power,
     Tensor.pow: _power,
     Tensor.__pow__: _power,
