@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sepdeploy.bench.litert import LitertSession
 from sepdeploy.errors import ToolError, UnsupportedModelError, UsageError
 from sepdeploy.export.tflite import export_tflite
 from sepdeploy.quantize.layer_names import tflite_layer_name
@@ -192,3 +193,13 @@ def test_the_first_import_of_the_converter_is_quiet_too(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
     assert path.is_file()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_operators_without_a_kernel_are_named(tmp_path):
+    class Top(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).topk(2)[0]
+
+    export_tflite(Top(), torch.rand(1, 3, 4, 4), tmp_path / "top.tflite", is_channels_last=True)
+    with pytest.raises(UsageError, match=r"no kernel for STABLEHLO_SORT; .*--formats onnx"):
+        LitertSession(tmp_path / "top.tflite")
