@@ -172,14 +172,6 @@ def _normalized(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k
     return x / sums**beta
 
 
-def _expanded(x: Tensor, *sizes: Any) -> Tensor:
-    """Images that are expanded are repeated: litert-torch mixes up the axes of constant ones (CoordConv)."""
-    wanted = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    if x.dim() != 4 or len(wanted) != 4:
-        return x.expand(*sizes)
-    return x.repeat([1 if size in (-1, before) else size for size, before in zip(wanted, x.shape, strict=True)])
-
-
 _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv_transpose2d: _cropped,
     functional.interpolate: _nearest,
@@ -187,7 +179,6 @@ _FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.adaptive_max_pool2d: _largest,
     functional.local_response_norm: _normalized,
     torch.pow: _power,
-    Tensor.expand: _expanded,
     Tensor.pow: _power,
     Tensor.__pow__: _power,
     functional.elu: _elu,
