@@ -16,12 +16,15 @@ from sepdeploy.core.conv import Trace
 from sepdeploy.core.design import DesignOptions, DesignResult
 from sepdeploy.core.files import sha256_of_bytes, sha256_of_file
 from sepdeploy.core.int8 import PLAIN
+from sepdeploy.core.looser_plan import LooserOutcome
 from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.measurement import Measured
 from sepdeploy.core.options import ConvertOptions, MovedInputs, require_own_training, target_format
 from sepdeploy.core.pareto import FrontPoint
+from sepdeploy.core.passing_errors import is_passing
 from sepdeploy.core.plan import Plan
 from sepdeploy.core.progress import Progress, Silent
+from sepdeploy.core.quiet import error_summary
 from sepdeploy.core.report import ArtifactResult, Drops, Report
 from sepdeploy.core.selection import Selection
 from sepdeploy.core.stage_store import StageStore, locked, require_usable
@@ -41,6 +44,7 @@ from sepdeploy.stages.guard import TRANSFERRED, GuardRecord, propose, run_guard,
 from sepdeploy.stages.inspect_model import inspect_model
 from sepdeploy.stages.launch import Processes, joined_processes, launched_processes
 from sepdeploy.stages.load import Inputs, load_inputs
+from sepdeploy.stages.looser_plan import tried_plan
 from sepdeploy.stages.measure import target_cost
 from sepdeploy.stages.plan_file import read_given_plan, read_plan_file
 from sepdeploy.stages.recover import Recovered, Recovery, Weights
@@ -123,12 +127,12 @@ def _convert(
     is_limited = options.selects and options.selection.has_limit
     promise = None if is_limited else options.max_drop_points
 
-    def tried(attempt: Attempt) -> _Tried | None:
-        """What an attempt comes to; None if it is not worth the recovery."""
+    def tried(attempt: Attempt) -> _Tried | LooserOutcome:
+        """What an attempt comes to; why its plan is not worth the recovery."""
         plan, network, guard = planned(attempt.limit_points)
-        cost = _plan_cost(options, plan, guard, traced)
-        if not attempt.is_worth(cost):
-            return None
+        obstacle = attempts.obstacle(tried_plan(options, plan, guard, traced))
+        if obstacle is not None:
+            return obstacle
         recovery = Recovery(store, store.folder, options, inputs, traced, plan, progress, Processes())
         untrained = recover_without_labels(
             recovery, options, Recovered(TRANSFERRED, network), is_recovering=attempt.is_recovering
@@ -141,13 +145,14 @@ def _convert(
         drops = None
         if promise is not None and plan.replaced and not attempt.is_last:
             drops = measure_drops(store, options, inputs, traced, plan, last, originals, evaluator, progress)
-        return _Tried(plan, guard, untrained, last, cost, drops)
+        return _Tried(plan, guard, untrained, last, drops)
 
     # A hook's training is not repeated for more, and a given scheme has nothing that it makes small.
     may_loosen = hook is None and options.selects
     found = _settled(attempts, tried, promise, may_loosen=may_loosen, progress=progress)
     attempts.finish()
-    record = RunRecord(absolute_options(options, inputs.architecture), found.untrained.name)
+    looser = attempts.present.looser
+    record = RunRecord(absolute_options(options, inputs.architecture), found.untrained.name, looser_plan=looser)
     return finish_bundle(
         store, options, inputs, traced, found.plan, found.guard, found.last, evaluator, record, progress
     )
@@ -162,7 +167,6 @@ class _Tried:
         guard: How that was found.
         untrained: Its network before training.
         last: And after.
-        cost: Of the plan, in what it was chosen to make small.
         drops: What it loses; None where that decides nothing.
     """
 
@@ -170,52 +174,43 @@ class _Tried:
     guard: GuardRecord
     untrained: Recovered
     last: Recovered
-    cost: float
     drops: Drops | None
 
 
 def _settled(
     attempts: Attempts,
-    tried: Callable[[Attempt], _Tried | None],
+    tried: Callable[[Attempt], _Tried | LooserOutcome],
     promise: float | None,
     *,
     may_loosen: bool,
     progress: Progress,
 ) -> _Tried:
     """What the attempts end with, one after the other."""
-    goes_on, found = True, None
-    while goes_on:
+    while True:
         attempt = attempts.present
         try:
             found = tried(attempt)
-        except (SepdeployError, MemoryError) as error:
-            if attempt.held is None or isinstance(error, ContractError):
+        except Exception as error:
+            is_ours = isinstance(error, SepdeployError) and not isinstance(error, ContractError)
+            if attempt.held is None or not (is_ours or is_passing(error)):
                 raise
-            progress.stage(f"a cheaper plan failed ({error}): going back")
-            found = None
-        if found is None:
-            goes_on = attempts.go_back()
-        elif promise is None or attempt.is_last:
-            goes_on = False
-        elif found.drops is None:
+            why = str(error) if is_ours else error_summary(error)
+            progress.stage(f"a cheaper plan failed ({why}): going back")
+            attempts.go_back(LooserOutcome.FAILED, error=why)
+            continue
+        if isinstance(found, LooserOutcome):
+            attempts.go_back(found)
+            continue
+        if promise is None or attempt.is_last:
+            return found
+        if found.drops is None:
             goes_on = attempts.after_nothing(promise, found.guard)
         elif found.drops.file > promise:
             goes_on = attempts.after_failure(promise, found.guard, found.drops)
         else:
-            goes_on = may_loosen and attempts.after_success(promise, found.guard, found.drops, found.cost)
-    if found is None:
-        raise ContractError("the last attempt was not carried out")
-    return found
-
-
-def _plan_cost(options: ConvertOptions, plan: Plan, guard: GuardRecord, traced: Trace) -> float:
-    """What a plan costs, in what it was chosen to make small: predicted latency, parameters or MACs."""
-    goal = options.selection.goal
-    if goal == "latency" and guard.selection is not None:
-        return guard.selection.predicted_cost
-    if goal == "params":
-        return traced.total_params - sum(traced.site(name).params - c.params for name, c in plan.replaced.items())
-    return plan.macs_of(traced)
+            goes_on = may_loosen and attempts.after_success(promise, found.guard, found.drops)
+        if not goes_on:
+            return found
 
 
 def _planner(

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import click
 
 from sepdeploy.bench.outside_programs import ended_by_signals
+from sepdeploy.core.passing_errors import is_out_of_memory
 from sepdeploy.errors import ContractError, SepdeployError, ToolError, UsageError
 from sepdeploy.render.format_numbers import printable
 from sepdeploy.version import __version__
@@ -34,6 +35,11 @@ _COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 _INTERRUPTED = 130
+
+_WITH_LESS_MEMORY = (
+    "use fewer --calibration-images, a smaller --input-shape, or a smaller --batch-size where it trains, or end other "
+    "programs and run the same command again"
+)
 
 
 class _LazyGroup(click.Group):
@@ -106,14 +112,15 @@ def run(arguments: list[str]) -> int:
 
 def _as_ours(error: Exception) -> SepdeployError:
     """Any error as one of ours: what is left over is a bug."""
+    if is_out_of_memory(error):
+        # Also where the network or a tool was blamed for it: code that calls them cannot know.
+        said = f" ({error})" if isinstance(error, SepdeployError) else ""
+        return UsageError(f"out of memory{said}; {_WITH_LESS_MEMORY}")
     if isinstance(error, SepdeployError):
         return error
     if isinstance(error, OSError):
         place = f" {error.filename}" if error.filename else ""
         return UsageError(f"cannot use{place}: {error.strerror or error}")
-    is_torch_out_of_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError) or is_torch_out_of_memory:
-        return UsageError("out of memory; use fewer --calibration-images or a smaller --input-shape")
     return ContractError(
         f"a bug in sepdeploy: {type(error).__name__}: {error}; run again with --debug and report what it prints"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sepdeploy.core.looser_plan import LooserPlan
 from sepdeploy.core.options import ConvertOptions
 
 __all__ = ["ArchitectureSource", "FileEntry", "Manifest", "RunRecord"]
@@ -74,11 +75,13 @@ class RunRecord:
         options: What `convert` was told, paths absolute and without the bundle's own; training as it was told last.
         untrained: The network before any training: its file in work/, without suffix.
         is_adopted: Whether weights from elsewhere took its place.
+        looser_plan: What became of the cheaper plan that recovery left room for; None where none was tried.
     """
 
     options: ConvertOptions
     untrained: str
     is_adopted: bool = False
+    looser_plan: LooserPlan | None = None
     format_version: Literal[1] = 1
 
     @property

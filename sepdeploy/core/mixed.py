@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 __all__ = ["Arithmetic", "MixReason", "MixedLayer", "MixedPlan", "is_within"]
@@ -58,6 +58,7 @@ class MixedPlan:
         drop_points: What the file loses with all layers in int8.
         mixed_drop_points: What it loses as chosen; None where nothing was limited or changed.
         notes: What the user should know.
+        unpriced: Layer -> arithmetic -> why it has no price.
     """
 
     layers: tuple[MixedLayer, ...]
@@ -65,6 +66,7 @@ class MixedPlan:
     drop_points: float | None = None
     mixed_drop_points: float | None = None
     notes: tuple[str, ...] = ()
+    unpriced: dict[str, dict[Arithmetic, str]] = field(default_factory=dict)
 
     @property
     def kept(self) -> dict[str, Arithmetic]:

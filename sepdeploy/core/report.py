@@ -8,6 +8,7 @@ from typing import Literal
 from sepdeploy.core.artifact import Artifact, Format, Precision, Role
 from sepdeploy.core.int8 import Int8Step
 from sepdeploy.core.int8_proof import Int8Proof
+from sepdeploy.core.looser_plan import LooserPlan
 from sepdeploy.core.measurement import Counts, Latency, Measured, Numerics, Quality
 from sepdeploy.core.memory import ActivationMemory
 from sepdeploy.core.mixed import MixedPlan
@@ -249,6 +250,7 @@ class Report:
         notes: Sentences that the user should read, such as what was assumed.
         selection: How the plan's cost was predicted and measured; None unless it was chosen layer by layer.
         mixed: What `--mixed auto` came to; None without it.
+        looser_plan: What became of the cheaper plan that recovery left room for; None where none was tried.
     """
 
     version: str
@@ -279,6 +281,7 @@ class Report:
     notes: tuple[str, ...]
     selection: SelectionSummary | None = None
     mixed: MixedPlan | None = None
+    looser_plan: LooserPlan | None = None
 
     @property
     def is_success(self) -> bool:

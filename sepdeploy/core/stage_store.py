@@ -43,6 +43,7 @@ class StageStore:
         self.work = folder / _WORK
         self._on_change: Callable[[], None] | None = on_change
         self._records = _read_records(self.work / _RECORD)
+        self._ran: set[str] = set()
         self._write()
 
     def before_change(self) -> None:
@@ -71,6 +72,7 @@ class StageStore:
             return False
         self._records.pop(name, None)
         make()
+        self._ran.add(name)
         self._records[name] = {"key": _key(inputs), "files": self._hashes(files)}
         self._write()
         return True
@@ -84,6 +86,10 @@ class StageStore:
         """Whether `files` are as the stage left them, whatever its inputs are now."""
         record = self._records.get(name)
         return record is not None and record.get("files") == self._hashes(files)
+
+    def has_run(self, name: str) -> bool:
+        """Whether the stage ran since this store was opened, and not only in an earlier process."""
+        return name in self._ran
 
     def forget(self, name: str) -> None:
         """Let the stage run once more; its files stay until it has replaced them."""

@@ -185,8 +185,9 @@ def _read_npz(path: Path) -> ArraySource:
             labels = archive["labels"] if "labels" in archive.files else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise UsageError(f"{path} is not a readable .npz file of plain arrays: {error}") from error
-    except MemoryError as error:
-        raise UsageError(f"{path} does not fit into memory; give its images as a folder of files") from error
+    except MemoryError:
+        # From nothing, for this says better what to do than what is said of any other lack of memory.
+        raise UsageError(f"{path} does not fit into memory; give its images as a folder of files") from None
     return check_arrays(images, labels, str(path))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sepdeploy.analyze.trace import output_tensors
 from sepdeploy.core.chain import Chain, ChainSum
 from sepdeploy.core.conv import ConvSite, Trace
+from sepdeploy.core.passing_errors import is_out_of_memory
 from sepdeploy.core.plan import Candidate, Decision, Kept, Plan, Reason, Replaced, SchemeOptions
 from sepdeploy.core.quiet import error_summary
 from sepdeploy.errors import ContractError, UsageError
@@ -130,6 +131,8 @@ def _failure(original: nn.Module, trace: Trace, names: tuple[str, ...], example:
         expected = output_tensors(original(example.clone()))
         outputs = output_tensors(trial(example.clone()))
     except Exception as error:  # user code: whatever it raises is the reason
+        if is_out_of_memory(error):
+            raise  # no fault of the layer's, which would stay as it is in all later runs too
         return error_summary(error)
     shapes = tuple(tuple(output.shape) for output in outputs)
     if shapes != trace.output_shapes:

@@ -12,7 +12,7 @@ from sepdeploy.core.selection import FusedBlock, Price, Unpriced
 from sepdeploy.planning.target import Target
 from sepdeploy.version import RULES, __version__
 
-__all__ = ["NOT_MEASURED", "price_blocks"]
+__all__ = ["NOT_MEASURED", "first_reason", "price_blocks"]
 
 NOT_MEASURED = "not measured: "
 """How the reason begins of a block that the next run is to try: the time did not last for it, or the machine failed."""
@@ -89,6 +89,15 @@ def _told(found: Price | Unpriced) -> Price | str:
     if isinstance(found, Price):
         return found
     return found.reason if found.is_lasting else f"{NOT_MEASURED}{found.reason}"
+
+
+def first_reason(reasons: Sequence[str]) -> str:
+    """The first that the next run may do away with, so that it tries; else the first.
+
+    >>> first_reason(["no such operator", f"{NOT_MEASURED}no memory"])
+    'not measured: no memory'
+    """
+    return min(reasons, key=lambda reason: not reason.startswith(NOT_MEASURED))
 
 
 def _batches(missing: Mapping[FusedBlock, list[FusedBlock]]) -> Iterator[tuple[FusedBlock, list[FusedBlock]]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from sepdeploy.core.codec import read_json, to_data, write_json
 from sepdeploy.core.files import sha256_of_file
+from sepdeploy.core.looser_plan import LooserOutcome, LooserPlan, TriedPlan
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.report import Drops
 from sepdeploy.core.stage_store import StageStore
@@ -63,11 +64,13 @@ class Held:
 
     Attributes:
         limit_points: Its limit.
-        cost: Of its plan, in what the plan was chosen for: predicted latency, MACs, ...
+        max_drop_points: The promise.
+        plan: What it came to.
     """
 
     limit_points: float
-    cost: float
+    max_drop_points: float
+    plan: TriedPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Attempt:
         recovering_limit_points: Limit of the last attempt with recovery, once that was given up.
         broken_points: Least that a network lost when the guard measured it and that broke the promise in the end.
         held: What is handed over if this attempt fails; None unless a looser limit is tried.
+        looser: What became of the looser limit, once that is settled.
     """
 
     limit_points: float | None
@@ -93,6 +97,7 @@ class Attempt:
     recovering_limit_points: float | None = None
     broken_points: float | None = None
     held: Held | None = None
+    looser: LooserPlan | None = None
 
     @property
     def most_tightenings(self) -> int:
@@ -100,15 +105,21 @@ class Attempt:
         is_brief = self.is_recovering and not self.is_trained
         return _MAX_TIGHTENINGS_OF_RECONSTRUCTION if is_brief else _MAX_TIGHTENINGS
 
-    def is_worth(self, cost: float) -> bool:
-        """Whether a plan of this cost is worth another recovery."""
-        return self.held is None or cost < _WORTH_RATIO * self.held.cost
-
-    def back(self) -> Attempt:
-        """To what kept the promise, which is final."""
+    def obstacle(self, plan: TriedPlan) -> LooserOutcome | None:
+        """Why a plan is not worth another recovery; None if it is."""
         if self.held is None:
-            raise ContractError("there is nothing to go back to")
-        return replace(self, limit_points=self.held.limit_points, held=None, is_last=True)
+            return None
+        if plan.cost >= _WORTH_RATIO * self.held.plan.cost:
+            return LooserOutcome.NOT_CHEAPER
+        return LooserOutcome.SLOWER if plan.is_surely_slower(self.held.plan) else None
+
+    def settled(self, outcome: LooserOutcome, found: TriedPlan | None, error: str = "") -> Attempt:
+        """What is final: this attempt if it is the one to hand over, else what kept the promise before."""
+        if self.held is None or self.limit_points is None:
+            raise ContractError("there is no looser limit to settle")
+        looser = LooserPlan(outcome, self.held.max_drop_points, self.limit_points, self.held.plan, found, error)
+        limit = self.limit_points if outcome is LooserOutcome.HANDED_OVER else self.held.limit_points
+        return replace(self, limit_points=limit, held=None, looser=looser, is_last=True)
 
 
 def first_attempt(options: ConvertOptions, *, is_trained: bool) -> Attempt:
@@ -153,7 +164,7 @@ def next_attempt(
 
 
 def looser_attempt(
-    attempt: Attempt, max_drop_points: float, guard_drop_points: float, file_drop_points: float, cost: float
+    attempt: Attempt, max_drop_points: float, guard_drop_points: float, file_drop_points: float, plan: TriedPlan
 ) -> Attempt | None:
     """What to try after an attempt that kept the promise; None if that is good enough.
 
@@ -162,7 +173,7 @@ def looser_attempt(
         max_drop_points: The promise.
         guard_drop_points: What its network lost when the guard measured it.
         file_drop_points: What the target's file loses, at most what was promised.
-        cost: Of its plan, as in `Held`.
+        plan: What it came to.
     """
     if not attempt.is_recovering or attempt.is_last or attempt.held is not None or attempt.limit_points is None:
         return None  # without recovery the guard has filled the limit; and once is enough
@@ -176,7 +187,7 @@ def looser_attempt(
         limit = min(limit, (guard_drop_points + attempt.broken_points) / 2)
     if limit <= attempt.limit_points:
         return None  # the guard had as much before, and found nothing that would use it
-    return replace(attempt, limit_points=limit, held=Held(attempt.limit_points, cost))
+    return replace(attempt, limit_points=limit, held=Held(attempt.limit_points, max_drop_points, plan))
 
 
 def without_recovery(max_drop_points: float) -> Attempt:
@@ -234,40 +245,54 @@ class Attempts:
         self._file = AttemptFile(store.work / "limit.json", inputs)
         known = self._file.read() if resumes else None
         self.present = known or first
+        self._plan: TriedPlan | None = None
         if known is None:
             store.forget_aside()  # what another conversion into the same folder may have left
         elif known.is_last:
             store.bring_back()  # where a killed run was about to; else there is nothing
 
+    def obstacle(self, plan: TriedPlan) -> LooserOutcome | None:
+        """Why the plan of the present attempt is not worth the recovery; None if it is."""
+        self._plan = plan
+        return self.present.obstacle(plan)
+
     def after_failure(self, promise: float, guard: GuardRecord, drops: Drops) -> bool:
         """Whether there is another attempt after one whose file loses more than promised."""
         if self.present.held is not None:
-            return self.go_back()
+            return self.go_back(LooserOutcome.OVER_LIMIT, drops=drops)
         if is_beyond_transfer(promise, drops):
             return False
         return self._take(next_attempt(self.present, promise, guard.quality.drop_points, drops.file))
 
-    def after_success(self, promise: float, guard: GuardRecord, drops: Drops, cost: float) -> bool:
-        """Whether a looser limit is worth an attempt after one that kept the promise with a plan of this cost."""
-        looser = looser_attempt(self.present, promise, guard.quality.drop_points, drops.file, cost)
+    def after_success(self, promise: float, guard: GuardRecord, drops: Drops) -> bool:
+        """Whether a looser limit is worth an attempt after one that kept the promise."""
+        if self.present.held is not None:
+            self.present = self.present.settled(LooserOutcome.HANDED_OVER, self._with_drop(drops))
+            return False
+        plan = self._with_drop(drops)
+        if plan is None:
+            raise ContractError("no plan was tried")
+        looser = looser_attempt(self.present, promise, guard.quality.drop_points, drops.file, plan)
         if looser is None:
             return False
         try:
             self._store.set_aside()
-        except UsageError:  # the disk is full: what there is stands
+        except UsageError as error:  # the disk is full: what there is stands
+            self.present = looser.settled(LooserOutcome.FAILED, None, str(error))
             return False
         return self._take(looser)
 
     def after_nothing(self, promise: float, guard: GuardRecord) -> bool:
         """Whether there is another attempt after one that left nothing to replace."""
         if self.present.held is not None:
-            return self.go_back()
+            return self.go_back(LooserOutcome.NOT_CHEAPER)
         is_tightened = guard.limit_points is not None and guard.limit_points < promise
         return self._take(without_recovery(promise) if self.present.is_recovering and is_tightened else None)
 
-    def go_back(self) -> bool:
-        """Bring back what kept the promise; True, for that is one more attempt."""
-        self._take(self.present.back())  # first, so that a run that is killed in between goes on here
+    def go_back(self, outcome: LooserOutcome, *, drops: Drops | None = None, error: str = "") -> bool:
+        """Bring back what kept the promise, and remember why; True, for that is one more attempt."""
+        settled = self.present.settled(outcome, self._with_drop(drops), error)
+        self._take(settled)  # first, so that a run that is killed in between goes on here
         self._store.bring_back()
         return True
 
@@ -276,10 +301,16 @@ class Attempts:
         self._store.forget_aside()
         self._file.write(replace(self.present, is_last=True, held=None))
 
+    def _with_drop(self, drops: Drops | None) -> TriedPlan | None:
+        """The plan of the present attempt with what its file loses, once it has one."""
+        if self._plan is None or drops is None:
+            return self._plan
+        return replace(self._plan, drop_points=drops.file)
+
     def _take(self, attempt: Attempt | None) -> bool:
         if attempt is None:
             return False
-        self.present = attempt
+        self.present, self._plan = attempt, None
         self._file.write(attempt)
         return True
 

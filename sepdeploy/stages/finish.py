@@ -58,7 +58,19 @@ def finish_bundle(
     results = measure_cost(results, options, progress)
     progress.stage("writing the report")
     mixed = None if mixer is None else read_mixed(store)
-    report = make_report(options, inputs, traced, plan, last.network, guard, last.steps, qualities, results, mixed)
+    report = make_report(
+        options,
+        inputs,
+        traced,
+        plan,
+        last.network,
+        guard,
+        last.steps,
+        qualities,
+        results,
+        mixed,
+        record.looser_plan,
+    )
     discard_results(store.folder)
     _discard_other_files(store.folder, options)
     write_bundle(options, inputs, report, record)

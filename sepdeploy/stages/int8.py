@@ -18,6 +18,7 @@ from sepdeploy.core.artifact import Role
 from sepdeploy.core.codec import read_json, write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.int8 import INT8_RULES, PLAIN, Affine, Int8Options, Int8Step, PlaceRange, RangeMethod
+from sepdeploy.core.passing_errors import is_out_of_memory
 from sepdeploy.core.progress import Progress
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.data.images import ImageSet
@@ -198,10 +199,12 @@ def without_lone_norms(folded: nn.Module, example: Tensor) -> tuple[nn.Module, L
             break
         try:
             network = _rewritten(folded, norms)
-            error = largest_error(*(run_network(each, example) for each in (folded, network)))
-        except Exception:  # whatever Python code does with what it takes for a norm
+            difference = largest_error(*(run_network(each, example) for each in (folded, network)))
+        except Exception as error:  # whatever Python code does with what it takes for a norm
+            if is_out_of_memory(error):
+                raise
             continue
-        if error <= NUMERIC_TOLERANCE:
+        if difference <= NUMERIC_TOLERANCE:
             return network, norms
     return folded, LoneNorms()
 

@@ -30,7 +30,7 @@ from sepdeploy.core.stage_store import StageStore
 from sepdeploy.planning.evaluate import Evaluator
 from sepdeploy.planning.fused_block import blocks_of_site, dense_form
 from sepdeploy.planning.mixed import Cost, Kept, MixSearch
-from sepdeploy.planning.price import price_blocks
+from sepdeploy.planning.price import NOT_MEASURED, first_reason, price_blocks
 from sepdeploy.planning.target import Target, find_target
 from sepdeploy.quantize.mixed_onnx import mix_onnx
 from sepdeploy.quantize.mixed_tflite import mix_tflite
@@ -42,6 +42,10 @@ from sepdeploy.version import __version__
 __all__ = ["Mixer", "explained", "mixed_notes", "read_mixed"]
 
 _OTHERS = (Arithmetic.FLOAT32, Arithmetic.WEIGHTS_ONLY)
+_STAGE = "mixed"
+
+_Reasons = dict[str, dict[Arithmetic, str]]
+"""Layer -> arithmetic -> why it has no price."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +106,49 @@ class Mixer:
             "cpu": cpu_name(),
         }
 
+        made = (path, _record(self.store))
+        lacking = self._lacking(key, made)
+        if lacking is not None:
+            self.store.forget(_STAGE)
+
         def make() -> None:
-            with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder, replacing(path) as temporary:
+            with tempfile.TemporaryDirectory(prefix="sepdeploy-") as folder:
                 files.folder = Path(folder)
-                mixed = self._chosen(target, files, lowering)
-                files.write(mixed.kept, temporary)
-                self.store.before_change()
+                mixed = self._chosen(target, files, lowering, lacking)
+                if mixed is lacking:  # nothing that could be done better
+                    return
+                with replacing(path) as temporary:
+                    files.write(mixed.kept, temporary)
+                    self.store.before_change()
             write_json(_record(self.store), mixed)
 
-        self.store.run("mixed", key, (path, _record(self.store)), make)
+        self.store.run(_STAGE, key, made, make)
 
-    def _chosen(self, target: Target, files: _Files, lowering: Mapping[str, tuple[str, ...]]) -> MixedPlan:
+    def _lacking(self, key: Mapping[str, object], made: tuple[Path, ...]) -> MixedPlan | None:
+        """What an earlier run came to, if prices were not measured for want of time, memory or disk: tried once more.
+
+        Not within one run: what files lose would change between the promise and the report.
+        """
+        if self.store.has_run(_STAGE) or not self.store.is_current(_STAGE, key, made):
+            return None
+        mixed = read_mixed(self.store)
+        reasons = (why for each in mixed.unpriced.values() for why in each.values())
+        return mixed if any(why.startswith(NOT_MEASURED) for why in reasons) else None
+
+    def _chosen(
+        self,
+        target: Target,
+        files: _Files,
+        lowering: Mapping[str, tuple[str, ...]],
+        lacking: MixedPlan | None,
+    ) -> MixedPlan:
+        """The mix; `lacking` as it is if there are no more prices now than there were for it."""
         blocks = self._blocks(lowering)
         missing = files.write(dict.fromkeys(blocks, Arithmetic.FLOAT32), files.new_path())
         blocks = {name: each for name, each in blocks.items() if name not in missing}
-        costs, failed = self._costs(target, blocks)
+        costs, unpriced, notes = self._costs(target, blocks)
+        if lacking is not None and unpriced == lacking.unpriced:
+            return lacking
         limit = self.options.max_drop_points
         search = MixSearch(
             costs,
@@ -128,7 +160,7 @@ class Mixer:
             float_drop_points=None if limit is None else files.drop_of(files.source),
         )
         found = search.result()
-        return replace(found, notes=(*failed, *found.notes))
+        return replace(found, notes=(*notes, *_unpriced_notes(unpriced), *found.notes), unpriced=unpriced)
 
     def _blocks(self, lowering: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[FusedBlock, ...]]:
         """Layer -> its blocks, one for each call, convolutions and linear layers alike."""
@@ -147,8 +179,8 @@ class Mixer:
 
     def _costs(
         self, target: Target, blocks: Mapping[str, tuple[FusedBlock, ...]]
-    ) -> tuple[dict[str, dict[Arithmetic, Cost]], tuple[str, ...]]:
-        """Layer -> arithmetic -> cost over all calls, and sentences about those that have none."""
+    ) -> tuple[dict[str, dict[Arithmetic, Cost]], _Reasons, tuple[str, ...]]:
+        """Layer -> arithmetic -> cost over all calls; why there is none; and what to know of the cache."""
         groups = {
             block: [replace(block, mixed=arithmetic) for arithmetic in _OTHERS]
             for each in blocks.values()
@@ -168,7 +200,7 @@ class Mixer:
         finally:
             cache.close()
         costs: dict[str, dict[Arithmetic, Cost]] = {}
-        failed: dict[str, list[str]] = {}
+        unpriced: _Reasons = {}
         for name, own in blocks.items():
             for arithmetic in _OTHERS:
                 found = [prices[block, replace(block, mixed=arithmetic)] for block in own]
@@ -180,12 +212,22 @@ class Mixer:
                         sum(price.difference_high for price in known),
                     )
                 else:
-                    reason = next(price for price in found if isinstance(price, str))
-                    failed.setdefault(reason, []).append(name)
-        notes = (
-            f"{', '.join(dict.fromkeys(names))} could not be measured in float: {why}" for why, names in failed.items()
-        )
-        return costs, (*cache.notes, *notes)
+                    reasons = [price for price in found if isinstance(price, str)]
+                    unpriced.setdefault(name, {})[arithmetic] = first_reason(reasons)
+        return costs, unpriced, cache.notes
+
+
+def _unpriced_notes(unpriced: _Reasons) -> tuple[str, ...]:
+    """Which layers have no price, by the reason."""
+    layers: dict[str, dict[str, None]] = {}
+    for name, reasons in unpriced.items():
+        for why in reasons.values():
+            layers.setdefault(why, {})[name] = None
+    return tuple(
+        f"{', '.join(names)} could not be measured in float: {why.removeprefix(NOT_MEASURED)}"
+        + ("; the same command run again tries once more" if why.startswith(NOT_MEASURED) else "")
+        for why, names in layers.items()
+    )
 
 
 class _Files:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import nn
 from sepdeploy.analyze.batch_norms import is_plain_batchnorm
 from sepdeploy.bench.session import open_session
 from sepdeploy.core.conv import Trace
+from sepdeploy.core.passing_errors import is_out_of_memory
 from sepdeploy.errors import ContractError, ToolError, UnsupportedModelError
 from sepdeploy.passes.fold_batchnorm import fold_batchnorm
 from sepdeploy.passes.replace_convs import copy_network
@@ -64,10 +64,14 @@ def fold_network(network: nn.Module, traced: Trace, batch: np.ndarray) -> Folded
         folded = copy_network(network).eval()
         folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         fold_batchnorm(folded, chosen)
-        with suppress(Exception):  # whatever Python code does with what it takes for a norm
+        try:
             error = largest_error(expected, run_network(folded, torch.from_numpy(batch)))
-            if error <= NUMERIC_TOLERANCE:
-                return FoldedNetwork(folded, chosen)
+        except Exception as failure:  # whatever Python code does with what it takes for a norm
+            if is_out_of_memory(failure):
+                raise
+            continue
+        if error <= NUMERIC_TOLERANCE:
+            return FoldedNetwork(folded, chosen)
     raise ContractError(f"folding the batch norms changed the outputs by {error:.1e} of their range")
 
 

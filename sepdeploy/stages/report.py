@@ -13,6 +13,7 @@ from sepdeploy.core.artifact import Format, Precision, Role
 from sepdeploy.core.codec import write_json
 from sepdeploy.core.conv import Trace
 from sepdeploy.core.files import sha256_of_file, write_text
+from sepdeploy.core.looser_plan import LooserPlan
 from sepdeploy.core.manifest import FileEntry, Manifest, RunRecord
 from sepdeploy.core.measurement import Counts, Quality
 from sepdeploy.core.memory import BYTES_PER_VALUE, MemoryProfile
@@ -32,6 +33,7 @@ from sepdeploy.stages.core_numerics import numerics_check, numerics_notes
 from sepdeploy.stages.fault import find_faults
 from sepdeploy.stages.guard import GuardRecord
 from sepdeploy.stages.load import Inputs, summarize_images
+from sepdeploy.stages.looser_plan import looser_notes
 from sepdeploy.stages.mixed import mixed_notes
 from sepdeploy.stages.reopen import RECORD
 from sepdeploy.stages.versions import versions
@@ -82,6 +84,7 @@ def make_report(
     qualities: Qualities,
     results: Sequence[ArtifactResult],
     mixed: MixedPlan | None = None,
+    looser_plan: LooserPlan | None = None,
 ) -> Report:
     """Put everything that was measured together, with paths relative to the bundle."""
     folder = options.output_folder
@@ -137,10 +140,12 @@ def make_report(
             *numerics_notes(in_bundle, options),
             *_int8_notes(inputs, in_bundle, mixed),
             *_selection_notes(guard),
+            *looser_notes(looser_plan),
             *(() if mixed is None else mixed_notes(mixed)),
         ),
         selection=guard.selection,
         mixed=mixed,
+        looser_plan=looser_plan,
     )
 
 

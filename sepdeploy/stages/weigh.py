@@ -24,7 +24,7 @@ from sepdeploy.planning.damage import measure_damages
 from sepdeploy.planning.evaluate import batch_size_for, tensor_batches
 from sepdeploy.planning.fused_block import blocks_of_site, dense_form
 from sepdeploy.planning.memory import memory_with_candidates
-from sepdeploy.planning.price import NOT_MEASURED, price_blocks
+from sepdeploy.planning.price import NOT_MEASURED, first_reason, price_blocks
 from sepdeploy.planning.target import Target, find_target
 from sepdeploy.render.format_numbers import plural
 from sepdeploy.stages.launch import Processes
@@ -288,18 +288,13 @@ class _Prices:
         prices = [self.found[pair] for pair in self.blocks.pairs(name, candidate, lowering)]
         reasons = [price for price in prices if isinstance(price, str)]
         if reasons:
-            return _first_reason(reasons)
+            return first_reason(reasons)
         known = [price for price in prices if not isinstance(price, str)]
         return (
             sum(price.difference for price in known),
             sum(price.difference_low for price in known),
             sum(price.difference_high for price in known),
         )
-
-
-def _first_reason(reasons: Sequence[str]) -> str:
-    """The first that the next run may do away with, so that it tries; else the first."""
-    return min(reasons, key=lambda reason: not reason.startswith(NOT_MEASURED))
 
 
 def _layer_choices(
@@ -313,7 +308,7 @@ def _layer_choices(
         costs = {lowering: prices.of(forms.name, candidate, lowering) for lowering in lowerings}
         known = {lowering: cost for lowering, cost in costs.items() if not isinstance(cost, str)}
         if not known:
-            refused[label] = _first_reason([cost for cost in costs.values() if isinstance(cost, str)])
+            refused[label] = first_reason([cost for cost in costs.values() if isinstance(cost, str)])
             continue
         # By the end of the interval: the least of several medians is mostly the luckiest one.
         lowering = min(known, key=lambda each: known[each][2])

@@ -47,7 +47,9 @@ def test_the_program_ends_with_the_code_and_the_sentence(monkeypatch, capsys, na
     [
         (ValueError("oops"), 70, "a bug in sepdeploy: ValueError: oops; run again with --debug"),
         (OSError(28, "No space left on device", "out/x"), 2, "cannot use out/x: No space left on device"),
-        (MemoryError(), 2, "out of memory"),
+        (MemoryError(), 2, "out of memory; use fewer --calibration-images"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory; use fewer"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "out of memory; use fewer"),
         (KeyboardInterrupt(), 130, "stopped; finished stages are kept"),
         (click.UsageError("--a belongs to --b"), 2, "--a belongs to --b"),
     ],
@@ -58,6 +60,14 @@ def test_other_errors(monkeypatch, capsys, error, code, part):
     assert out == ""
     assert part in err
     assert "Traceback" not in err
+
+
+def test_a_network_is_not_blamed_for_a_lack_of_memory(monkeypatch, capsys):
+    error = errors.UnsupportedModelError("the network runs on one image but not on 32")
+    error.__cause__ = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    assert run_raising(monkeypatch, error) == 2
+    expected = "sepdeploy: out of memory (the network runs on one image but not on 32); use fewer"
+    assert expected in capsys.readouterr().err
 
 
 def test_sentences_stay_on_one_line(monkeypatch, capsys):

@@ -15,6 +15,8 @@ import torch
 import sepdeploy
 from sepdeploy import pipeline
 from sepdeploy.cli.main import run
+from sepdeploy.core.codec import read_json, to_data, write_json
+from sepdeploy.core.looser_plan import LooserOutcome, LooserPlan, TriedPlan
 from sepdeploy.core.manifest import RunRecord
 from sepdeploy.core.plan import SchemeOptions
 from sepdeploy.core.report import Drops
@@ -139,9 +141,13 @@ def test_repeating_the_conversion_trains_nothing_and_without_reconstruction_it_i
 def test_finetune_goes_on_from_the_bundle_and_convert_goes_back(workplace, options, conversion, bundle, capfd):
     untouched = [bundle / "plan.json", bundle / "work" / "transferred.pt", bundle / "work" / "reconstructed.pt"]
     before = [path.stat().st_mtime_ns for path in untouched]
+    tried = TriedPlan("MACs", 10.0, 8.0), TriedPlan("MACs", 10.0, 5.0, drop_points=61.0)
+    looser = LooserPlan(LooserOutcome.OVER_LIMIT, 60.0, 70.0, *tried)
+    write_json(bundle / "options.json", replace(read_json(RunRecord, bundle / "options.json"), looser_plan=looser))
     arguments = ["finetune", str(bundle), "--train", workplace.images(count=256), *TRAINING]
     assert run([*arguments, "--json"]) in (0, 1)  # 1: too briefly timed to be sure of the speed
     report = json.loads(capfd.readouterr().out)
+    assert report["looser_plan"] == to_data(looser)
     assert [path.stat().st_mtime_ns for path in untouched] == before
     assert [step["name"] for step in report["recovery"]][-2:] == ["reconstruction", "fine-tuning"]
     assert report["recovery"][-1]["damage_after"] < report["recovery"][-1]["damage_before"]
@@ -155,9 +161,12 @@ def test_finetune_goes_on_from_the_bundle_and_convert_goes_back(workplace, optio
     assert trained == (bundle / "work" / "finetuned.pt").read_bytes() != (conversion[1] / "model.pt").read_bytes()
 
     assert run(arguments) in (0, 1)
-    assert "fine-tuning" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "fine-tuning" in printed
+    for text in (printed, (bundle / "report.html").read_text()):
+        assert "so a cheaper plan was tried: 2.00x fewer MACs" in text
     assert (bundle / "model.pt").read_bytes() == trained
-    sepdeploy.convert(replace(options, output=bundle))
+    assert sepdeploy.convert(replace(options, output=bundle)).looser_plan is None
     assert (bundle / "model.pt").read_bytes() == (conversion[1] / "model.pt").read_bytes()
 
 

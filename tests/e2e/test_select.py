@@ -5,12 +5,14 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import sepdeploy
 import sepdeploy.pipeline
 from sepdeploy import pipeline
 from sepdeploy.cli.main import run
 from sepdeploy.core.codec import read_json
+from sepdeploy.core.looser_plan import LooserOutcome
 from sepdeploy.core.options import SelectionOptions
 from sepdeploy.core.plan import Plan, Reason
 from sepdeploy.core.report import Drops
@@ -167,7 +169,7 @@ class Loosened:
     """A conversion for few MACs whose file is said to lose little at first; what the attempts did."""
 
     def __init__(self, options, monkeypatch, output, last_drop):
-        self.output, self.plans, self.reconstructions, self.fails = output, [], 0, False
+        self.output, self.plans, self.reconstructions, self.failure, self.told = output, [], 0, None, []
         self.target = dataclasses.replace(
             options, output=output, max_drop_points=1.0, recoverable_points=2.0, reconstruct=BRIEF,
             selection=dataclasses.replace(QUICK, goal="macs"),
@@ -177,7 +179,7 @@ class Loosened:
         monkeypatch.setattr(pipeline, "run_selection", self.selected)
         monkeypatch.setattr("sepdeploy.train.reconstruct.reconstruct", self.reconstructed)
         monkeypatch.setattr(pipeline, "measure_drops", lambda *_: Drops(next(self._drops), 0.5, 0.0))
-        monkeypatch.setattr(pipeline, "finish_bundle", lambda *arguments: arguments[6])  # the network
+        monkeypatch.setattr(pipeline, "finish_bundle", self.finished)
 
     def selected(self, *arguments):
         plan, network, record = self._select(*arguments)
@@ -187,9 +189,13 @@ class Loosened:
 
     def reconstructed(self, *arguments, **keywords):
         self.reconstructions += 1
-        if self.fails and self.reconstructions == 2:
-            raise UsageError("the training diverged")
+        if self.failure and self.reconstructions == 2:
+            raise self.failure
         return self._reconstruct(*arguments, **keywords)
+
+    def finished(self, *arguments):
+        self.told.append(arguments[8].looser_plan)
+        return arguments[6]  # the network
 
     def convert(self):
         last = sepdeploy.convert(self.target)
@@ -200,20 +206,35 @@ class Loosened:
         return read_plan(self.output)[1], weights
 
 
-@pytest.mark.parametrize(("last_drop", "fails"), [(0.9, False), (1.1, False), (0.9, True)])
-def test_room_to_spare_is_used_where_the_promise_still_holds(options, tmp_path, monkeypatch, last_drop, fails):
+@pytest.mark.parametrize(
+    ("last_drop", "failure", "outcome"),
+    [
+        (0.9, None, LooserOutcome.HANDED_OVER),
+        (1.1, None, LooserOutcome.OVER_LIMIT),
+        (0.9, torch.OutOfMemoryError("CUDA out of memory."), LooserOutcome.FAILED),
+    ],
+)
+def test_room_to_spare_is_used_where_the_promise_still_holds(
+    options, tmp_path, monkeypatch, last_drop, failure, outcome
+):
     run_ = Loosened(options, monkeypatch, tmp_path / "out", last_drop)
-    run_.fails = fails
+    run_.failure = failure
     plan, weights = run_.convert()
     (first, smaller), (looser, larger), *back = run_.plans
     assert looser == 4.75 > first
     assert macs(larger) < macs(smaller)
-    is_kept = last_drop < 1 and not fails
+    is_kept = outcome is LooserOutcome.HANDED_OVER
     assert plan == (larger if is_kept else smaller)
     assert [limit for limit, _ in back] == ([] if is_kept else [3])
     assert run_.reconstructions == 2
     assert run_.convert() == (plan, weights)
     assert run_.reconstructions == 2, "nothing is left to be done"
+    told, again = run_.told
+    assert told == again, "the second run says the same"
+    assert (told.outcome, told.limit_points, told.held.drop_points) == (outcome, 4.75, 0.5)
+    assert told.held.cost - told.found.cost == macs(smaller) - macs(larger)
+    assert told.found.drop_points == (None if failure else last_drop)
+    assert told.error == ("OutOfMemoryError: CUDA out of memory." if failure else "")
 
 
 def test_a_run_that_is_killed_on_the_way_back_goes_on_there(options, tmp_path, monkeypatch):

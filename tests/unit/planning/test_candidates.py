@@ -109,6 +109,24 @@ def test_only_the_convolutions_at_fault_are_dropped():
     assert plan.kept == {"b": Kept(Reason.REPLACEMENT_FAILS, "TypeError: b must be a convolution")}
 
 
+def test_a_lack_of_memory_is_no_fault_of_a_convolution():
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            if not isinstance(self.a, nn.Conv2d):
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return self.a(x)
+
+    net, x = Large().eval(), torch.randn(1, 8, 9, 9)
+    trace = trace_network(net, x)
+    plan = propose_plan(trace, "depthwise_separable", CHEAP)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        drop_failing(net, trace, plan, x)
+
+
 def test_convolutions_that_fail_only_together_are_dropped_one_by_one():
     class NeedsOne(nn.Module):
         def __init__(self):

@@ -8,9 +8,12 @@ import pytest
 
 from sepdeploy.core.artifact import Format
 from sepdeploy.core.files import write_text
+from sepdeploy.core.looser_plan import LooserOutcome, LooserPlan, TriedPlan
 from sepdeploy.core.options import ConvertOptions
+from sepdeploy.core.report import Drops
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.core.training import ReconstructOptions
+from sepdeploy.errors import UsageError
 from sepdeploy.stages.attempts import (
     Attempt,
     AttemptFile,
@@ -21,6 +24,9 @@ from sepdeploy.stages.attempts import (
     looser_attempt,
     next_attempt,
 )
+
+PLAN = TriedPlan("ms", 15.0, 10.0, speedup=1.4, speedup_low=1.3, speedup_high=1.5)
+LOOSER = Attempt(5.0, is_recovering=True, held=Held(3.0, 1.0, PLAN))
 
 
 def options(**changes) -> ConvertOptions:
@@ -117,32 +123,40 @@ def test_a_promise_that_holds_without_recovery_is_never_broken_by_it(won, int8, 
 def test_room_to_spare_is_tried_once_between_what_held_and_what_broke():
     second = next_attempt(Attempt(4.0, is_recovering=True), 1.0, 3.0, 1.5)
     assert (second.limit_points, second.broken_points) == (2.0, 3.0)
-    looser = looser_attempt(second, 1.0, 2.0, 0.5, cost=10.0)
-    assert (looser.limit_points, looser.held) == (2.5, Held(2.0, 10.0)), "the middle: 3.8 would break it again"
-    assert looser_attempt(looser, 1.0, 2.4, 0.5, cost=8.0) is None
-    assert looser_attempt(second, 1.0, 2.0, 0.9, cost=10.0) is None, "there is no room"
-    assert (looser.is_worth(9.0), looser.is_worth(9.9)) == (True, False)
-    assert looser.back() == replace(second, is_last=True)
+    looser = looser_attempt(second, 1.0, 2.0, 0.5, PLAN)
+    assert (looser.limit_points, looser.held) == (2.5, Held(2.0, 1.0, PLAN)), "the middle: 3.8 would break it again"
+    assert looser_attempt(looser, 1.0, 2.4, 0.5, PLAN) is None
+    assert looser_attempt(second, 1.0, 2.0, 0.9, PLAN) is None, "there is no room"
+
+
+def test_a_plan_that_is_hardly_cheaper_or_measures_slower_is_not_worth_another_recovery():
+    looser = looser_attempt(Attempt(2.0, is_recovering=True), 1.0, 2.0, 0.5, PLAN)
+    assert looser.obstacle(replace(PLAN, cost=9.9)) is LooserOutcome.NOT_CHEAPER
+    assert looser.obstacle(replace(PLAN, cost=9.0)) is None
+    measured = replace(PLAN, cost=9.0, speedup=1.2, speedup_low=1.1, speedup_high=1.29)
+    assert looser.obstacle(measured) is LooserOutcome.SLOWER
+    assert looser.obstacle(replace(measured, speedup_high=1.31)) is None, "the intervals overlap"
+    assert Attempt(2.0, is_recovering=True).obstacle(replace(PLAN, cost=99.0)) is None
 
 
 def test_the_looser_limit_is_in_proportion_to_what_was_lost():
     attempt = Attempt(4.0, is_recovering=True)
-    assert looser_attempt(attempt, 1.0, 3.0, 0.5, cost=1.0).limit_points == pytest.approx(5.7)
-    assert looser_attempt(attempt, 1.0, 3.0, -0.4, cost=1.0).limit_points == pytest.approx(14.25), "of nothing, not all"
-    assert looser_attempt(attempt, 1.0, 1.0, 0.7, cost=1.0) is None, "the guard had more room than that"
-    assert looser_attempt(attempt, 0.0, 3.0, -0.4, cost=1.0) is None
+    assert looser_attempt(attempt, 1.0, 3.0, 0.5, PLAN).limit_points == pytest.approx(5.7)
+    assert looser_attempt(attempt, 1.0, 3.0, -0.4, PLAN).limit_points == pytest.approx(14.25), "of nothing, not all"
+    assert looser_attempt(attempt, 1.0, 1.0, 0.7, PLAN) is None, "the guard had more room than that"
+    assert looser_attempt(attempt, 0.0, 3.0, -0.4, PLAN) is None
 
 
 def test_another_training_needs_more_room():
     attempt = Attempt(11.0, is_recovering=True, is_trained=True)
-    assert looser_attempt(attempt, 1.0, 10.5, 0.6, cost=1.0) is None
-    assert looser_attempt(attempt, 1.0, 10.5, 0.4, cost=1.0).limit_points > 11
+    assert looser_attempt(attempt, 1.0, 10.5, 0.6, PLAN) is None
+    assert looser_attempt(attempt, 1.0, 10.5, 0.4, PLAN).limit_points > 11
 
 
 @pytest.mark.parametrize("changes", [{"is_recovering": False}, {"is_last": True}, {"limit_points": None}])
 def test_what_is_settled_is_not_loosened(changes):
     attempt = replace(Attempt(4.0, is_recovering=True), **changes)
-    assert looser_attempt(attempt, 1.0, 3.0, 0.1, cost=1.0) is None
+    assert looser_attempt(attempt, 1.0, 3.0, 0.1, PLAN) is None
 
 
 def test_without_recovery_there_are_three_attempts():
@@ -179,10 +193,45 @@ def test_what_another_conversion_set_aside_is_not_brought_back(tmp_path):
 
 def test_a_looser_limit_that_leaves_nothing_goes_back(tmp_path):
     store = StageStore(tmp_path, on_change=lambda: None)
-    looser = Attempt(5.0, is_recovering=True, held=Held(3.0, 10.0))
-    attempts = Attempts(store, {}, looser, resumes=True)
+    attempts = Attempts(store, {}, LOOSER, resumes=True)
     assert attempts.after_nothing(1.0, SimpleNamespace(limit_points=5.0))
-    assert attempts.present == Attempt(3.0, is_recovering=True, is_last=True)
+    looser = LooserPlan(LooserOutcome.NOT_CHEAPER, 1.0, 5.0, PLAN)
+    assert attempts.present == Attempt(3.0, is_recovering=True, is_last=True, looser=looser)
+
+
+@pytest.mark.parametrize(
+    ("drop", "outcome", "limit"), [(0.9, LooserOutcome.HANDED_OVER, 5.0), (1.1, LooserOutcome.OVER_LIMIT, 3.0)]
+)
+def test_what_became_of_a_looser_limit_is_known_in_the_next_run_too(tmp_path, drop, outcome, limit):
+    store = StageStore(tmp_path, on_change=lambda: None)
+    attempts = Attempts(store, {}, LOOSER, resumes=True)
+    found = replace(PLAN, cost=8.0)
+    assert attempts.obstacle(found) is None
+    guard, drops = SimpleNamespace(quality=SimpleNamespace(drop_points=4.0)), Drops(drop, 0.5, 0.0)
+    if drop > 1:
+        assert attempts.after_failure(1.0, guard, drops)
+    else:
+        assert not attempts.after_success(1.0, guard, drops)
+    attempts.finish()
+    again = Attempts(store, {}, Attempt(9.0, is_recovering=True), resumes=True).present
+    assert again.looser == LooserPlan(outcome, 1.0, 5.0, PLAN, replace(found, drop_points=drop))
+    assert (again.limit_points, again.is_last, again.held) == (limit, True, None)
+
+
+def test_a_looser_limit_that_the_disk_has_no_room_for_is_told(tmp_path, monkeypatch):
+    store = StageStore(tmp_path, on_change=lambda: None)
+    attempts = Attempts(store, {}, Attempt(3.0, is_recovering=True), resumes=True)
+
+    def full():
+        raise UsageError("no space left")
+
+    monkeypatch.setattr(store, "set_aside", full)
+    attempts.obstacle(PLAN)
+    guard = SimpleNamespace(quality=SimpleNamespace(drop_points=2.5))
+    assert not attempts.after_success(1.0, guard, Drops(0.2, 0.5, 0.0))
+    looser = attempts.present.looser
+    assert (looser.outcome, looser.error, looser.found) == (LooserOutcome.FAILED, "no space left", None)
+    assert (looser.held.drop_points, attempts.present.limit_points) == (0.2, 3.0)
 
 
 def test_no_reconstruction_is_an_option_too():

@@ -6,8 +6,8 @@ from sepdeploy.core.artifact import Precision
 from sepdeploy.core.codec import write_json
 from sepdeploy.core.measurement import Method
 from sepdeploy.core.selection import Choice, LayerChoices, Selection
-from sepdeploy.planning.price import NOT_MEASURED
-from sepdeploy.stages.weigh import _first_reason, _lacking_prices, _missing_notes
+from sepdeploy.planning.price import NOT_MEASURED, first_reason
+from sepdeploy.stages.weigh import _lacking_prices, _missing_notes
 
 
 @pytest.mark.parametrize(("why", "is_lacking"), [(f"{NOT_MEASURED}no time", True), ("it cannot be built", False)])
@@ -19,8 +19,8 @@ def test_only_what_the_time_did_not_last_for_is_made_up_for(tmp_path, why, is_la
 
 
 def test_of_several_reasons_the_one_counts_that_the_next_run_may_do_away_with():
-    assert _first_reason(["refused", f"{NOT_MEASURED}no time"]) == f"{NOT_MEASURED}no time"
-    assert _first_reason(["refused", "refused too"]) == "refused"
+    assert first_reason(["refused", f"{NOT_MEASURED}no time"]) == f"{NOT_MEASURED}no time"
+    assert first_reason(["refused", "refused too"]) == "refused"
 
 
 def test_what_is_missing_is_said():

@@ -1,6 +1,5 @@
 """`--mixed auto` makes the target's int8 file, and only that, a mixed one, and says so."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from sepdeploy.core.selection import Price
 from sepdeploy.core.stage_store import StageStore
 from sepdeploy.errors import UsageError
 from sepdeploy.planning.evaluate import Evaluator
+from sepdeploy.planning.price import NOT_MEASURED
 from sepdeploy.stages import mixed
 from sepdeploy.stages.deploy import deploy
 from sepdeploy.stages.mixed import Mixer, mixed_notes, read_mixed
@@ -68,14 +68,16 @@ class Run:
     def step(self, done, total):
         pass
 
-    def deploy(self):
+    def deploy(self, *, is_new=True):
+        """The int8 file; by another process that finds the folder, unless it is not `is_new`."""
         self.stages = []
         images = Images()
         inputs = SimpleNamespace(
             calibration=images, validation=images, network=self.network, network_key=dict,
             example=lambda: torch.from_numpy(images.pixels[:1]),
         )  # fmt: skip
-        self.store = StageStore(self.folder, on_change=lambda: None)
+        if is_new:
+            self.store = StageStore(self.folder, on_change=lambda: None)
         trace = Trace(sites=(), input_shape=(1, 8, 6, 6), output_shapes=((1, 4, 6, 6),), total_macs=0, total_params=0)
         plan = Plan("dense", SchemeOptions(), ())
         mixer = Mixer(self.store, self.options, inputs, plan, Evaluator(self.network, images, 8), self)
@@ -92,27 +94,34 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mixed")
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    """Prices by the channels of a layer: only that from 8 to 4 is faster in float; what was priced and compared."""
-    asked = []
+class Prices(list):
+    """Prices by the channels of a layer: only that from 8 to 4 is faster in float; which were asked for.
 
-    def price_blocks(target, groups, cache, **options):
+    Attributes:
+        reason: Why there is none from 4 to 4; None if there is one.
+    """
+
+    reason = "it does not run"
+
+    def __call__(self, target, groups, cache, **options):
         found = {}
         for block, others in groups.items():
             for other in others:
-                asked.append(other)
-                gain = (block.spec.in_channels, block.spec.out_channels) == (8, 4) and other.mixed is Arithmetic.FLOAT32
-                value = -0.5 if gain else 0.5
-                found[block, other] = Price(1.0, 1.0, value, value - 0.1, value + 0.1, "ms", 9, Method.WALL_CLOCK)
-        if len(groups) == 3:
-            last = next(block for block in groups if block.spec.in_channels == 4)
-            found |= {(last, replace(last, mixed=each)): "it does not run" for each in mixed._OTHERS}
+                self.append(other)
+                channels = block.spec.in_channels, block.spec.out_channels
+                value = -0.5 if channels == (8, 4) and other.mixed is Arithmetic.FLOAT32 else 0.5
+                price = Price(1.0, 1.0, value, value - 0.1, value + 0.1, "ms", 9, Method.WALL_CLOCK)
+                found[block, other] = self.reason if self.reason and channels == (4, 4) else price
         return found
 
-    monkeypatch.setattr(mixed, "price_blocks", price_blocks)
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What is priced."""
+    prices = Prices()
+    monkeypatch.setattr(mixed, "price_blocks", prices)
     monkeypatch.setattr(mixed._Files, "is_faster", lambda self, kept: True)
-    return asked
+    return prices
 
 
 def test_what_is_faster_in_float_is_so_in_the_file(folder, measured):
@@ -146,6 +155,30 @@ def test_a_limit_that_int8_breaks_is_held_by_layers_in_float(folder, measured, m
     (first,) = (layer for layer in plan.layers if layer.name == "0")
     assert first.sqnr_gain_db > 0  # measured on the real files
     assert "the file loses 0.50 points so, 9.00 all in int8" in mixed_notes(plan)[-1]
+
+
+def test_what_the_machine_failed_at_is_tried_in_the_next_run(folder, measured, monkeypatch):
+    measured.reason = f"{NOT_MEASURED}no space left"
+    run = Run(folder, bench_seconds=2.0)
+    run.deploy()
+    lacking = read_mixed(run.store)
+    assert lacking.unpriced == {"3": dict.fromkeys(mixed._OTHERS, measured.reason)}
+    assert any("3 could not be measured in float: no space left; the same command" in n for n in mixed_notes(lacking))
+
+    run.deploy(is_new=False)
+    assert len(measured) == 6, "not within the same run"
+
+    with monkeypatch.context() as unchanged:
+        unchanged.setattr(mixed.MixSearch, "result", None)  # nothing is searched without new prices
+        run.deploy()
+    assert len(measured) == 12
+    assert read_mixed(run.store) == lacking
+
+    measured.reason = None
+    run.deploy()
+    assert [layer.name for layer in read_mixed(run.store).layers] == ["0", "2", "3"]
+    run.deploy()
+    assert len(measured) == 18, "all is known"
 
 
 def test_mixed_is_for_int8():

@@ -110,6 +110,18 @@ def test_plain_norms_that_the_network_looks_into_stay(look, folded):
     assert torch.allclose(found.network(x), network(x), atol=1e-5)
 
 
+@torch.no_grad()
+def test_memory_that_runs_out_is_no_look_into_a_norm():
+    def look(norm, x):
+        if isinstance(norm, nn.Identity):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return norm(x)
+
+    network, x = LookingEverywhere(look).eval(), torch.randn(2, 8, 6, 6)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        fold_network(network, trace_network(network, x[:1]), x.numpy())
+
+
 class Sum(nn.Module):
     """Adds a constant to each output value."""
 
