@@ -39,7 +39,7 @@ class LitertSession:
                 self._interpreter: Any = interpreter_class(model_path=str(path), num_threads=threads)
                 self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
-            raise UsageError(f"LiteRT cannot load {path}: {first_line(error)}") from error
+            raise UsageError(f"LiteRT cannot load {path}: {_load_error(error)}") from error
         self.path = path
         self._threads = threads
         self._is_channels_last = is_channels_last
@@ -119,6 +119,16 @@ def _name_and_version(package: str) -> str:
         return f"{package} {version(package)}"
     except PackageNotFoundError:  # built from source or a nightly: importable under another package name
         return f"{package} of unknown version"
+
+
+def _load_error(error: Exception) -> str:
+    lacking = re.search(r"Didn't find op for builtin opcode '(\w+)'", str(error))
+    if lacking is None:
+        return first_line(error)
+    return (
+        f"it has no kernel for {lacking[1]}; leave what needs it (torch.sort and topk need STABLEHLO_SORT) out of the "
+        "network and do it behind the runtime, or make ONNX files only (--formats onnx)"
+    )
 
 
 def _ordered_outputs(interpreter: Any) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sepdeploy.core.quiet import first_line, quiet
 from sepdeploy.errors import ToolError, UnsupportedModelError
 from sepdeploy.export.flat_outputs import FlatOutputs, evaluating, output_shapes, require_below_2_gib
+from sepdeploy.export.refuse import refuse_export
 from sepdeploy.export.rewrite_onnx import rewrite_for_int8
 
 if TYPE_CHECKING:
@@ -73,10 +74,7 @@ def _exported(model: FlatOutputs, example: Tensor, output_names: list[str]) -> o
     except UnsupportedModelError:
         raise
     except Exception as error:
-        raise UnsupportedModelError(
-            f"the network cannot be exported to ONNX: {first_line(error)}; rewrite that part of its forward method, "
-            "or leave the format out with --formats tflite"
-        ) from error
+        raise refuse_export(error, "ONNX", "tflite") from error
 
 
 def _require_static_outputs(model: onnx.ModelProto) -> None:

@@ -19,8 +19,8 @@ __all__ = ["rewrite_for_int8"]
 def rewrite_for_int8(model: onnx.ModelProto) -> bool:
     """Rewrite the graph of `model` in place: means over the image as pooling, gathers that move nothing as reshapes.
 
-    Runtimes compute GlobalAveragePool and Reshape on integers, but ReduceMean and Gather between two conversions to
-    float32. The outputs change by float32 rounding at most.
+    Runtimes compute GlobalAveragePool, Reshape and Mul on integers, but ReduceMean, Gather and Pow between two
+    conversions to float32. The outputs change by float32 rounding at most.
 
     Args:
         model: A simplified network with static shapes: the arguments of its operators are initializers.
@@ -33,6 +33,8 @@ def rewrite_for_int8(model: onnx.ModelProto) -> bool:
     rules: dict[str, Callable[[onnx.NodeProto, _View], list[onnx.NodeProto] | None]] = {
         "ReduceMean": _pool_mean,
         "Gather": _reshape_gather,
+        "AveragePool": _count_what_is_there,
+        "Pow": _multiply_square,
     }
     nodes: list[onnx.NodeProto] = []
     is_changed = False
@@ -80,6 +82,13 @@ class _View:
         values = numpy_helper.to_array(self._constants[name])
         return values if np.issubdtype(values.dtype, np.integer) else None
 
+    def is_number(self, name: str, number: float) -> bool:
+        """Whether a tensor is a constant with `number` as its only value."""
+        from onnx import numpy_helper
+
+        values = numpy_helper.to_array(self._constants[name]) if name in self._constants else np.empty(0)
+        return values.size == 1 and float(values.item()) == number
+
     def new_name(self, stem: str) -> str:
         """A name that no tensor has."""
         name = stem
@@ -125,6 +134,33 @@ def _reshape_gather(node: onnx.NodeProto, view: _View) -> list[onnx.NodeProto] |
         return None
     target = view.add_shape_constant(output_shape, f"{node.output[0]}_shape")
     return [helper.make_node("Reshape", [node.input[0], target], node.output, node.name)]
+
+
+def _count_what_is_there(node: onnx.NodeProto, _view: _View) -> list[onnx.NodeProto] | None:
+    """Without padding there is none to be counted; told to, onnxruntime's int8 kernel counts what is beyond the image.
+
+    With `ceil_mode`, the last window may end there.
+    """
+    from onnx import NodeProto
+
+    pads = next((attribute.ints for attribute in node.attribute if attribute.name == "pads"), ())
+    if not _attribute(node, "count_include_pad", default=0) or any(pads):
+        return None
+    counting = NodeProto()
+    counting.CopyFrom(node)
+    del counting.attribute[:]
+    counting.attribute.extend(each for each in node.attribute if each.name != "count_include_pad")
+    return [counting]
+
+
+def _multiply_square(node: onnx.NodeProto, view: _View) -> list[onnx.NodeProto] | None:
+    """A square is a product."""
+    from onnx import helper
+
+    shape = view.shape(node.input[1])
+    if not view.is_number(node.input[1], 2.0) or shape is None or len(shape) > len(view.shape(node.input[0]) or ()):
+        return None
+    return [helper.make_node("Mul", [node.input[0], node.input[0]], node.output, node.name)]
 
 
 def _attribute(node: onnx.NodeProto, name: str, *, default: int) -> int:

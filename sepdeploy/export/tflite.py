@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sepdeploy.core.quiet import first_line, quiet, silenced_native_stderr
-from sepdeploy.errors import ToolError, UnsupportedModelError, UsageError
+from sepdeploy.errors import ToolError, UsageError
 from sepdeploy.export.flat_outputs import FlatOutputs, evaluating, output_shapes, require_below_2_gib
+from sepdeploy.export.refuse import refuse_export
+from sepdeploy.export.tflite_forms import TfliteForms
 
 if TYPE_CHECKING:
     import litert_torch
@@ -112,10 +114,7 @@ def _converted(
             module = litert_torch.to_channel_last_io(_Contiguous(model), args=[0], outputs=outputs_4d).eval()
             example = example.permute(0, 2, 3, 1).contiguous()
         try:
-            with torch.no_grad(), silenced_native_stderr(), _whole_names():
+            with torch.no_grad(), silenced_native_stderr(), _whole_names(), TfliteForms():
                 return litert_torch.convert(module, (example,))
         except Exception as error:
-            raise UnsupportedModelError(
-                f"the network cannot be exported to TFLite: {first_line(error)}; rewrite that part of its forward "
-                "method, or leave the format out with --formats onnx"
-            ) from error
+            raise refuse_export(error, "TFLite", "onnx") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,8 @@ def load_model(model_path: Path, arch: str) -> LoadedModel:
     """Build the architecture `arch` and load the checkpoint at `model_path` into it.
 
     Every weight must find its place, except counters of batch norms (`num_batches_tracked`), which inference ignores.
-    A prefix that all names of one side share and the other side lacks is no difference.
+    A prefix that all names of one side share and the other side lacks is no difference, nor is what a training
+    framework keeps beside the network.
 
     Args:
         model_path: See `load_state_dict`.
@@ -118,7 +120,30 @@ def _align_prefix(
         renamed = {prefix + name: value for name, value in tensors.items()}
         if _has_names(renamed, expected):
             return renamed, (f"the prefix '{prefix}' was put before all names of the checkpoint",)
-    return tensors, ()
+    return _take_part(tensors, expected) or (tensors, ())
+
+
+def _take_part(
+    tensors: dict[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+    """Only what is below a prefix, if the whole network is there and nowhere else.
+
+    Modules of training frameworks hold the network beside losses, metrics and averages of its weights.
+    """
+    first = next((name for name in expected if not name.endswith("num_batches_tracked")), None)
+    ends = [name for name in tensors if first is not None and name.endswith(f".{first}")]
+    parts = {}
+    for prefix in (name.removesuffix(str(first)) for name in ends):
+        below = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if _has_names(below, expected):
+            parts[prefix] = below
+    plain = [prefix for prefix in parts if "ema" not in re.split(r"[._]", prefix.lower())]
+    if len(plain) != 1:
+        return None
+    prefix = plain[0]
+    others = sorted({name.partition(".")[0] for name in tensors if not name.startswith(prefix)})
+    note = f"the network was found below '{prefix}'; what is beside it was left out: {', '.join(others)}"
+    return parts[prefix], (note,)
 
 
 def _has_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:

@@ -146,9 +146,11 @@ class Evaluator:
             ) from error
         for output in outputs:
             if output.ndim == 0 or len(output) != len(batch):
+                others = [axis for axis, size in enumerate(output.shape) if size == len(batch)]
+                hint = f": return that one with .transpose(0, {others[0]})" if len(others) == 1 else ""
                 raise UnsupportedModelError(
                     f"the network returns a tensor of shape {output.shape} for {len(batch)} images; the first "
-                    "dimension of every output must count the images"
+                    f"dimension of every output must count the images{hint}"
                 )
         return outputs
 

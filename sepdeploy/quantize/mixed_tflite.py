@@ -15,6 +15,7 @@ from sepdeploy.core.quiet import quiet, silenced_native_stderr
 from sepdeploy.errors import ToolError
 from sepdeploy.quantize.drop_activations import drop_redundant_activations
 from sepdeploy.quantize.int8_share import TfliteLayer, tflite_layers
+from sepdeploy.quantize.join_int8 import join_int8
 from sepdeploy.quantize.tflite_io import with_io_type
 
 __all__ = ["mix_tflite"]
@@ -55,7 +56,7 @@ def mix_tflite(source: Path, int8: Path, destination: Path, kept: Mapping[str, A
     with quiet(), silenced_native_stderr():
         engine = quantizer.Quantizer(str(source), _recipe(source, found, kept))
         mixed = bytes(engine.quantize(_ranges(int8), enable_progress_report=False).quantized_model)
-    data, _ = drop_redundant_activations(_with_weights_of(mixed, int8))
+    data, _ = drop_redundant_activations(_with_weights_of(join_int8(mixed)[0], int8))
     data = with_io_type(data, _io_type(int8))
     if _end_types(data) != _end_types(int8.read_bytes()):
         raise ToolError("the mixed TFLite file takes or returns other types than the int8 file; leave out --mixed auto")
@@ -141,11 +142,8 @@ def _ranges(int8: Path) -> dict[str, Any]:
         if i in computed and len(quantization.scale) == 1:
             scale, zero_point = np.float32(quantization.scale[0]), int(quantization.zeroPoint[0])
             low, high = ((code - zero_point) * scale for code in limits[tensor.type])
-            shape = [1] * len(tensor.shape)
-            ranges[tensor.name.decode()] = {
-                "min": np.full(shape, low, np.float32),
-                "max": np.full(shape, high, np.float32),
-            }
+            # Without axes they fit constants of any rank that share the scale.
+            ranges[tensor.name.decode()] = {"min": np.array(low, np.float32), "max": np.array(high, np.float32)}
     return ranges
 
 

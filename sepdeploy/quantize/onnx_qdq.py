@@ -122,16 +122,21 @@ def _quantized(
 
 
 def _beyond_the_quantizer(graph: onnx.GraphProto) -> list[str]:
-    """Transposed convolutions with groups and a bias, for which onnxruntime's quantizer has too few scales and fails.
+    """Nodes at which onnxruntime's quantizer fails: they stay in float.
 
-    It computes transposed convolutions in float anyway.
+    It has too few scales for transposed convolutions with groups and a bias (which onnxruntime computes in float
+    anyway), and for norms of several axes.
     """
+    ranks = {each.name: len(each.dims) for each in graph.initializer}
     return [
         node.name
         for node in graph.node
-        if node.op_type == "ConvTranspose"
-        and len(node.input) > 2
-        and any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
+        if (
+            node.op_type == "ConvTranspose"
+            and len(node.input) > 2
+            and any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
+        )
+        or (node.op_type == "LayerNormalization" and ranks.get(node.input[1], 1) > 1)
     ]
 
 

@@ -16,6 +16,7 @@ from sepdeploy.quantize.calibration_images import checked_images
 from sepdeploy.quantize.drop_activations import drop_redundant_activations
 from sepdeploy.quantize.file_ranges import ranges_of_file
 from sepdeploy.quantize.inspect_int8 import require_int8_convs
+from sepdeploy.quantize.join_int8 import join_int8
 from sepdeploy.quantize.tflite_io import with_io_type
 
 __all__ = ["TfliteTensors", "quantize_tflite"]
@@ -93,12 +94,12 @@ def _quantized(
     with quiet():
         static_int8 = recipe.static_wi8_ai8()
         result = quantizer.Quantizer(str(source), static_int8).quantize(ranges, enable_progress_report=False)
-    data = drop_redundant_activations(bytes(result.quantized_model))[0]
+    data = drop_redundant_activations(join_int8(bytes(result.quantized_model))[0])[0]
     return with_io_type(data, "int8" if io == "auto" else io)
 
 
 def _as_float32(value: float) -> np.ndarray:
-    return np.array([value], np.float32).astype(np.float64)
+    return np.array(value, np.float32).astype(np.float64)
 
 
 class TfliteTensors:

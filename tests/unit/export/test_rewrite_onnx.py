@@ -123,3 +123,13 @@ def test_own_networks_export_without_float_only_operators(net, shape: tuple[int,
     (scores,) = session.run(None, {"input": images.numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(scores, model(images).numpy(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("exponent", "wanted"), [(2, "Mul"), (3, "Pow")])
+def test_squares_become_products(exponent: int, wanted: str) -> None:
+    model = one_node("Pow", np.array(exponent), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5))
+    x = np.random.default_rng(0).standard_normal((1, 2, 3, 4, 5)).astype(np.float32)
+    before = run(model, x)
+    assert rewrite_for_int8(model) == (wanted == "Mul")
+    assert op_types(model) == [wanted]
+    np.testing.assert_allclose(run(model, x), before, atol=TOLERANCE, rtol=TOLERANCE)

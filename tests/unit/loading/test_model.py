@@ -102,6 +102,29 @@ def test_a_shared_prefix_of_the_checkpoint_is_taken_off(arch, prefix):
     assert loaded.notes == (f"the prefix '{prefix}' was taken off all names of the checkpoint",)
 
 
+def test_a_network_beside_losses_and_averages_is_found(arch):
+    state = state_of(arch)
+    parts = {"net.": 1, "ema_net.module.": 2}
+    saved = {prefix + name: value * k for prefix, k in parts.items() for name, value in state.items()}
+    loaded = load_model(save_state(arch, saved | {"criterion.weight": torch.ones(10)}), f"{arch}:Net")
+    assert_loaded(loaded.module, state)
+    note = "the network was found below 'net.'; what is beside it was left out: criterion, ema_net"
+    assert loaded.notes == (note,)
+
+
+def test_a_network_that_is_there_twice_is_not_guessed(arch):
+    state = state_of(arch)
+    saved = {prefix + name: value for prefix in ("student.", "teacher.") for name, value in state.items()}
+    with pytest.raises(UsageError, match="does not fit"):
+        load_model(save_state(arch, saved), f"{arch}:Net")
+
+
+def test_a_deeper_network_beside_others_is_not_cut(arch):
+    state = {f"net.{name}": value for name, value in state_of(arch, depth=4).items()}
+    with pytest.raises(UsageError, match="does not fit"):
+        load_model(save_state(arch, state | {"criterion.weight": torch.ones(10)}), f"{arch}:Net")
+
+
 def test_a_shared_prefix_of_the_network_is_put_on(arch):
     state = state_of(arch)
     loaded = load_model(save_state(arch, state), f"{arch}:Wrapped")

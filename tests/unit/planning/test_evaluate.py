@@ -102,6 +102,7 @@ class Lambda(nn.Module):
         (lambda x: x.reshape(1, 3, 4, 4), "runs on one image but not on 64 at once: shape"),
         (lambda x: x.mean(0), r"returns a tensor of shape \(3, 4, 4\) for 64 images"),
         (lambda x: (x.mean((2, 3)), x.mean()), r"returns a tensor of shape \(\) for 64 images"),
+        (lambda x: x.flatten(1).t(), r"\(48, 64\) for 64 images; .*return that one with \.transpose\(0, 1\)"),
     ],
 )
 def test_networks_that_cannot_be_evaluated(images, function, message):

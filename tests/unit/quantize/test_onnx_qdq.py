@@ -52,13 +52,24 @@ def test_weights_are_int8_per_channel_and_activations_uint8(int8_onnx: Path) -> 
         assert constants[activation.input[2]].dtype == np.uint8
 
 
-def test_transposed_convolutions_with_groups_and_a_bias_stay_in_float(calibration: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layer", "in_float"),
+    [
+        (nn.ConvTranspose2d(8, 8, 2, groups=2), ("ConvTranspose x1",)),
+        (nn.LayerNorm([8, 14, 10]), ("LayerNormalization x1",)),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), ()),
+    ],
+    ids=["grouped transposed convolution", "norm of several axes", "window that ends beyond the image"],
+)
+def test_layers_that_onnxruntime_gets_wrong_stay_close(
+    layer: nn.Module, in_float: tuple[str, ...], calibration: np.ndarray, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2, groups=2), nn.Conv2d(8, 4, 1)).eval()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.Conv2d(8, 4, 1)).eval()
     images = torch.from_numpy(calibration)
     export_onnx(net, images[:1], tmp_path / "net.onnx")
     quantize_onnx(tmp_path / "net.onnx", tmp_path / "int8.onnx", single(calibration))
-    assert float_ops_of_onnx(tmp_path / "int8.onnx") == ("ConvTranspose x1",)
+    assert float_ops_of_onnx(tmp_path / "int8.onnx") == in_float
     (output,) = OrtSession(tmp_path / "int8.onnx").predict(calibration)
     wanted = net(images).detach().numpy()
     assert 10 * np.log10(np.sum(wanted**2) / np.sum((output - wanted) ** 2)) > 25

@@ -11,6 +11,7 @@ from torch import nn
 
 from sepdeploy.bench.litert import LitertSession
 from sepdeploy.errors import ToolError, UsageError
+from sepdeploy.export.tflite import export_tflite
 from sepdeploy.quantize.inspect_int8 import float_ops_of_tflite
 from sepdeploy.quantize.tflite_int8 import quantize_tflite
 
@@ -92,6 +93,80 @@ def test_damaged_file_is_a_tool_error(calibration: np.ndarray, tmp_path: Path) -
     (tmp_path / "bad.tflite").write_bytes(b"not a network")
     with pytest.raises(ToolError, match=r"could not quantize .*bad\.tflite"):
         quantize_tflite(tmp_path / "bad.tflite", tmp_path / "int8.tflite", single(calibration))
+
+
+class Constants(nn.Module):
+    """Constants that have to be in the scale of what an operator returns: CoordConv, and F.normalize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.register_buffer("rows", torch.linspace(-1, 1, 4).view(1, 1, 4, 1).expand(1, 1, 4, 4).clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.cat([self.conv(x), self.rows.expand(len(x), -1, -1, -1)], 1)
+        return nn.functional.normalize(y.mean((2, 3)) + y[:, :, 0, 0], dim=1)
+
+
+def test_constants_take_the_scale_of_the_output(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = Constants().eval(), torch.rand(4, 3, 6, 6)
+    export_tflite(network, images[:1], tmp_path / "float.tflite", is_channels_last=True)
+    quantize_tflite(tmp_path / "float.tflite", tmp_path / "int8.tflite", single(images.numpy()))
+    (output,) = LitertSession(tmp_path / "int8.tflite", is_channels_last=True).predict(images.numpy())
+    with torch.no_grad():
+        np.testing.assert_allclose(output, network(images).numpy(), atol=0.03)
+
+
+class Exponentials(nn.Module):
+    """Activations that litert-torch writes down with large exponentials, among which 8 bits lose all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.activations = nn.ModuleList(
+            [nn.ELU(0.5), nn.CELU(0.5), nn.SELU(), nn.Softplus(2.0), nn.Mish(), nn.Softplus(threshold=1.0)]
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.conv(x)
+        changed = nn.functional.elu(y + 1, inplace=True)
+        return changed, *(activation(y) for activation in self.activations)
+
+
+def test_activations_with_exponentials_keep_their_small_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = Exponentials().eval(), torch.randn(4, 3, 12, 12)
+    with torch.no_grad():
+        network.conv.weight.mul_(6)
+        wanted = [each.numpy() for each in network(images)]
+    assert min(each.max() for each in wanted) > 8  # exp(8) is 3,000 times exp(0)
+    export_tflite(network, images[:1], tmp_path / "float.tflite", is_channels_last=True)
+    quantize_tflite(tmp_path / "float.tflite", tmp_path / "int8.tflite", single(images.numpy()))
+    for name, least in (("float.tflite", 100), ("int8.tflite", 28)):
+        outputs = LitertSession(tmp_path / name, is_channels_last=True).predict(images.numpy())
+        sqnr = [10 * np.log10((w**2).sum() / ((o - w) ** 2).sum()) for o, w in zip(outputs, wanted, strict=True)]
+        exact = sqnr[:-1] if name == "int8.tflite" else sqnr  # of a threshold of its own only the function is kept
+        assert min(exact) > least, sqnr
+
+
+def test_pools_and_norms_that_would_be_loops_are_int8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.AvgPool2d((3, 2), 2, 1, ceil_mode=True, count_include_pad=False),
+        nn.LocalResponseNorm(4, alpha=0.5, k=2.0),
+        nn.Upsample(scale_factor=1.7),  # litert-torch picks other neighbours
+        nn.AdaptiveMaxPool2d((None, 4)),  # and does not know this one
+    ).eval()
+    images = torch.randn(4, 3, 12, 12)
+    export_tflite(network, images[:1], tmp_path / "float.tflite", is_channels_last=True)
+    quantize_tflite(tmp_path / "float.tflite", tmp_path / "int8.tflite", single(images.numpy()))
+    with torch.no_grad():
+        wanted = network(images).numpy()
+    for name, least in (("float.tflite", 100), ("int8.tflite", 28)):
+        (output,) = LitertSession(tmp_path / name, is_channels_last=True).predict(images.numpy())
+        assert 10 * np.log10((wanted**2).sum() / ((output - wanted) ** 2).sum()) > least, name
 
 
 def test_missing_quantizer_says_how_to_install_it(
