@@ -35,7 +35,8 @@ def correct_biases(
         observer.run(batch)
     for bias, total, count in observer.errors.values():
         bias -= (total / count).to(bias.dtype)
-    return f"{len(observer.errors)} biases" if observer.errors else ""
+    count = len(observer.errors)
+    return f"{count} {'bias' if count == 1 else 'biases'}" if count else ""
 
 
 class _MeanError(Interpreter):

@@ -113,12 +113,15 @@ def verdict(report: Report) -> str:
 def _speed_clause(report: Report) -> str:
     before, after = _target_costs(report)
     speedup = speedup_between(before, after)
+    is_same = speedup is not None and "x " not in _faster_or_slower(speedup)
     if isinstance(after, Counts) and speedup is not None:
-        return f"needs {_fewer_or_more(speedup)} modelled cycles than the original on {target_label(report)}"
+        change = "about as many modelled cycles as" if is_same else f"{_fewer_or_more(speedup)} modelled cycles than"
+        return f"needs {change} the original on {target_label(report)}"
     if speedup is None:
         factor = change_text(report.original.macs, report.converted.macs, less="fewer", more="more")
         return f"needs {factor} multiply-accumulates (its latency was not measured)"
-    return f"is {_faster_or_slower(speedup)} than the original on {target_label(report)}"
+    change = "about as fast as" if is_same else f"{_faster_or_slower(speedup)} than"
+    return f"is {change} the original on {target_label(report)}"
 
 
 def _quality_clause(quality: Quality) -> str:
@@ -297,15 +300,11 @@ def _cost_text(measured: Measured | None) -> str:
 
 
 def _fewer_or_more(speedup: Speedup) -> str:
-    if speedup.value >= 1:
-        return f"{times_text(speedup.value)} fewer"
-    return f"{times_text(1 / speedup.value)} more"
+    return change_text(speedup.value, 1.0, less="fewer", more="more")
 
 
 def _faster_or_slower(speedup: Speedup) -> str:
-    if speedup.value >= 1:
-        return f"{times_text(speedup.value)} faster"
-    return f"{times_text(1 / speedup.value)} slower"
+    return change_text(speedup.value, 1.0, less="faster", more="slower")
 
 
 def common_method(latencies: Iterable[Measured]) -> Method | None:

@@ -67,6 +67,14 @@ def test_slower_file_without_a_check_is_called_slower(samples: ModuleType) -> No
     assert "is 1.09x slower than the original" in summary.verdict(replace(samples.slow_report(), checks=()))
 
 
+@pytest.mark.parametrize("ratio", [0.997, 1.0, 1.003])
+def test_what_is_as_fast_is_not_called_faster_or_slower(samples: ModuleType, monkeypatch, ratio: float) -> None:
+    monkeypatch.setattr(summary, "speedup_between", lambda before, after: summary.Speedup(ratio, None, None))
+    report = replace(samples.slow_report(), checks=())
+    assert "is about as fast as the original" in summary.verdict(report)
+    assert summary.summarize(report)[-1].change in ("unchanged", "about the same")
+
+
 def test_summary_rows(samples: ModuleType) -> None:
     rows = summary.summarize(samples.success_report())
 
