@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -12,8 +13,11 @@ from sepdeploy.errors import UnsupportedModelError
 
 __all__ = ["refuse_export"]
 
+_LONGEST = 400
+"""Characters of an exporter's words: some have pages in their first line."""
+
 # What torch.export appends to its errors: the place in the network's own code, and the line there.
-_PLACE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \w+\n +(?P<code>[^\n]+)')
+_PLACE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]+\n +(?P<code>[^\n]+)')
 
 
 def refuse_export(error: BaseException, kind: str, other_format: str) -> UnsupportedModelError:
@@ -35,7 +39,8 @@ def refuse_export(error: BaseException, kind: str, other_format: str) -> Unsuppo
             f"the network cannot be exported to {kind}: its forward method decides by a value that it computes{where}, "
             "and a file has one path for every input; leave that decision out of what --arch builds"
         )
+    why = textwrap.shorten(first_line(error), _LONGEST, placeholder=" ...")
     return UnsupportedModelError(
-        f"the network cannot be exported to {kind}: {first_line(error)}{where}; rewrite that part of its forward "
+        f"the network cannot be exported to {kind}: {why}{where}; rewrite that part of its forward "
         f"method, or leave the format out with --formats {other_format}"
     )

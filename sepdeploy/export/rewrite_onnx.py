@@ -17,10 +17,11 @@ __all__ = ["rewrite_for_int8"]
 
 
 def rewrite_for_int8(model: onnx.ModelProto) -> bool:
-    """Rewrite the graph of `model` in place: means over the image as pooling, gathers that move nothing as reshapes.
+    """Rewrite the graph of `model` in place.
 
-    Runtimes compute GlobalAveragePool, Reshape and Mul on integers, but ReduceMean, Gather and Pow between two
-    conversions to float32. The outputs change by float32 rounding at most.
+    Means over the image become pooling, gathers that move nothing reshapes, squares products, and average pooling
+    without padding counts none. Runtimes compute GlobalAveragePool, Reshape and Mul on integers, but ReduceMean, Gather
+    and Pow between two conversions to float32. The outputs change by float32 rounding at most.
 
     Args:
         model: A simplified network with static shapes: the arguments of its operators are initializers.

@@ -23,7 +23,12 @@ class TfliteForms(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """What `func` returns."""
-        return _FORMS.get(func, func)(*args, **(kwargs or {}))
+        form, named = _FORMS.get(func), dict(kwargs or {})
+        if form is None or named.keys() & {"out", "self"}:
+            return func(*args, **named)
+        if "input" in named:
+            args = (named.pop("input"), *args)
+        return form(*args, **named)
 
 
 def _cropped(
@@ -60,7 +65,7 @@ def _pair(value: int | Pair) -> Pair:
 
 def _power(x: Tensor | float, exponent: Tensor | float) -> Tensor:
     """Squares as products: POW takes no tensors of five dimensions, and runtimes have no int8 kernel for it."""
-    if isinstance(x, Tensor) and not isinstance(exponent, Tensor) and exponent == 2:
+    if isinstance(x, Tensor) and x.is_floating_point() and isinstance(exponent, int | float) and exponent == 2:
         return x * x
     return torch.pow(x, exponent)  # type: ignore[arg-type]
 
@@ -75,6 +80,8 @@ def _elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
 
 def _celu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    if alpha <= 0:
+        return functional.celu(x, alpha, inplace)
     return _given(x, torch.maximum(x, (torch.exp(x.clamp(max=0.0) / alpha) - 1.0) * alpha), inplace)
 
 
@@ -88,7 +95,7 @@ def _positive(x: Tensor) -> Tensor:
 
 def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """As relu(x) - log(sigmoid(|x|)); litert-torch takes the logarithm of 1 + exp(x)."""
-    if threshold < 15:  # beyond it PyTorch returns x, which is another function then
+    if threshold < 15 or beta <= 0:  # beyond it PyTorch returns x, which is another function then
         return functional.softplus(x, beta, threshold)
     return _positive(x) - torch.log(torch.sigmoid((x * beta).abs())) / beta
 
@@ -112,16 +119,24 @@ def _nearest(
 ) -> Tensor:
     """Nearest neighbours at a ratio that is no whole number are picked: TFLite's operator would take others."""
     same = functional.interpolate(x, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
-    if mode != "nearest" or x.dim() != 4 or all(n % m == 0 for n, m in zip(same.shape[2:], x.shape[2:], strict=True)):
+    if mode != "nearest" or x.dim() != 4:
         return same
     factors: tuple[float | None, ...] = (None, None)
     if size is None and not recompute_scale_factor and scale_factor is not None:
         factors = scale_factor if isinstance(scale_factor, tuple | list) else (scale_factor, scale_factor)
+    is_small = sum(same.shape[2:]) <= 128  # PyTorch then has a kernel of its own, which computes its factors
+    picks = []
     for axis, factor in enumerate(factors, 2):
         before, after = x.shape[axis], same.shape[axis]
-        step = before / after if factor is None else 1 / factor
-        picked = [min(int(np.float32(i) * np.float32(step)), before - 1) for i in range(after)]
-        x = x.index_select(axis, torch.tensor(picked))
+        is_known = factor is None or (is_small and after in (before, 2 * before))
+        step = before / after if is_known else 1 / factor  # type: ignore[operator]
+        picks.append([min(int(np.float32(i) * np.float32(step)), before - 1) for i in range(after)])
+    sizes = list(zip(x.shape[2:], same.shape[2:], picks, strict=True))
+    if all(m % n == 0 and picked == [i * n // m for i in range(m)] for n, m, picked in sizes):
+        return same
+    for axis, (before, _, picked) in enumerate(sizes, 2):
+        if picked != list(range(before)):
+            x = x.index_select(axis, torch.tensor(picked))
     return x
 
 
@@ -134,29 +149,39 @@ def _average(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """Averages without the padding are those with it, times a constant: else they are a loop that stays in float."""
-    if count_include_pad or not any(_pair(padding)) or divisor_override is not None:
+    """Averages without the padding are those with it, times a constant: else they may be a loop that stays in float."""
+    pairs = [_pair(each) for each in (kernel_size, stride or kernel_size, padding)]
+    is_written = not ceil_mode and all(map(_is_same, x.shape[-2:], *pairs))
+    if x.dim() != 4 or count_include_pad or divisor_override is not None or is_written:
         return functional.avg_pool2d(
             x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override=divisor_override
         )
     result = functional.avg_pool2d(x, kernel_size, stride, padding, ceil_mode)
+    if not any(pairs[2]):
+        return result
     ratios = []
-    windows = zip(
-        _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), x.shape[-2:], result.shape[-2:], strict=True
-    )
-    for kernel, step, padded, before, after in windows:
+    for kernel, step, padded, before, after in zip(*pairs, x.shape[-2:], result.shape[-2:], strict=True):
         starts = [i * step - padded for i in range(after)]
         ratios.append([(min(s + kernel, before + padded) - s) / (min(s + kernel, before) - max(s, 0)) for s in starts])
-    return result * torch.tensor([[row * column for column in ratios[1]] for row in ratios[0]])
+    return result * torch.tensor([[row * column for column in ratios[1]] for row in ratios[0]], dtype=x.dtype)
+
+
+def _is_same(size: int, kernel: int, stride: int, padding: int) -> bool:
+    """Whether TFLite's padding SAME is this one; litert-torch then writes one operator."""
+    needed = max(0, (-(-size // stride) - 1) * stride + kernel - size)
+    return needed == 2 * padding
 
 
 def _largest(x: Tensor, output_size: int | tuple[int | None, int | None], return_indices: bool = False) -> Any:
     """Adaptive maxima, which litert-torch does not know, by the rows and then the columns of each window."""
     if return_indices:
         return functional.adaptive_max_pool2d(x, output_size, True)  # type: ignore[call-overload]
-    for axis, wanted in zip((-2, -1), (output_size,) * 2 if isinstance(output_size, int) else output_size, strict=True):
+    wanted = (output_size,) * 2 if isinstance(output_size, int) else tuple(output_size)
+    sizes = [n if m is None else m for n, m in zip(x.shape[-2:], wanted, strict=True)]
+    if all(n % m == 0 for n, m in zip(x.shape[-2:], sizes, strict=True)):
+        return functional.max_pool2d(x, [n // m for n, m in zip(x.shape[-2:], sizes, strict=True)])
+    for axis, after in zip((-2, -1), sizes, strict=True):
         before = x.shape[axis]
-        after = before if wanted is None else wanted
         ends = [(i * before // after, -(-(i + 1) * before // after)) for i in range(after)]
         x = torch.cat([x.narrow(axis, start, end - start).amax(axis, keepdim=True) for start, end in ends], axis)
     return x
@@ -168,7 +193,11 @@ def _normalized(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k
         return functional.local_response_norm(x, size, alpha, beta, k)
     channels = range(x.shape[1])
     near = [[alpha / size if -(size // 2) <= j - i <= (size - 1) // 2 else 0.0 for j in channels] for i in channels]
-    sums = functional.conv2d(x * x, torch.tensor(near)[:, :, None, None], torch.full((len(channels),), float(k)))
+    sums = functional.conv2d(
+        x * x,
+        torch.tensor(near, dtype=x.dtype)[:, :, None, None],
+        torch.full((len(channels),), float(k), dtype=x.dtype),
+    )
     return x / sums**beta
 
 

@@ -126,24 +126,28 @@ def _align_prefix(
 def _take_part(
     tensors: dict[str, Tensor], expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
-    """Only what is below a prefix, if the whole network is there and nowhere else.
+    """Only what is below a prefix, if the whole network is there and nowhere else, averages of its weights apart.
 
-    Modules of training frameworks hold the network beside losses, metrics and averages of its weights.
+    Modules of training frameworks hold the network beside losses, metrics and averages. A teacher or another copy,
+    with more layers or without a prefix too, is no such thing: which of them is meant is not for us to say.
     """
-    first = next((name for name in expected if not name.endswith("num_batches_tracked")), None)
-    ends = [name for name in tensors if first is not None and name.endswith(f".{first}")]
+    needed = {name for name in expected if not name.endswith("num_batches_tracked")}
+    first = min(needed, default="")
+    prefixes = {name.removesuffix(first) for name in tensors if first and f".{name}".endswith(f".{first}")}
     parts = {}
-    for prefix in (name.removesuffix(str(first)) for name in ends):
+    for prefix in prefixes:
         below = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if _has_names(below, expected):
+        if needed <= below.keys() and "ema" not in re.split(r"[._]", prefix.lower()):
             parts[prefix] = below
-    plain = [prefix for prefix in parts if "ema" not in re.split(r"[._]", prefix.lower())]
-    if len(plain) != 1:
+    if len(parts) != 1:
         return None
-    prefix = plain[0]
-    others = sorted({name.partition(".")[0] for name in tensors if not name.startswith(prefix)})
+    ((prefix, below),) = parts.items()
+    if not _has_names(below, expected):
+        return None
+    depth = prefix.count(".")
+    others = sorted({".".join(name.split(".")[:depth]) for name in tensors if not name.startswith(prefix)})
     note = f"the network was found below '{prefix}'; what is beside it was left out: {', '.join(others)}"
-    return parts[prefix], (note,)
+    return below, (note,)
 
 
 def _has_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:

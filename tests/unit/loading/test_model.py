@@ -112,9 +112,19 @@ def test_a_network_beside_losses_and_averages_is_found(arch):
     assert loaded.notes == (note,)
 
 
-def test_a_network_that_is_there_twice_is_not_guessed(arch):
+@pytest.mark.parametrize(
+    ("prefixes", "more"),
+    [
+        (("student.", "teacher."), ()),
+        (("", "teacher."), ()),
+        (("student.", "teacher."), ("student.projection.weight",)),
+        (("model.", "swa_model.module."), ("model.auxiliary.weight",)),
+    ],
+)
+def test_a_network_that_is_there_twice_is_not_guessed(arch, prefixes, more):
     state = state_of(arch)
-    saved = {prefix + name: value for prefix in ("student.", "teacher.") for name, value in state.items()}
+    saved = {prefix + name: value for prefix in prefixes for name, value in state.items()}
+    saved |= dict.fromkeys(more, torch.ones(1))
     with pytest.raises(UsageError, match="does not fit"):
         load_model(save_state(arch, saved), f"{arch}:Net")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,23 +151,31 @@ def test_activations_with_exponentials_keep_their_small_values(tmp_path: Path) -
         assert min(exact) > least, sqnr
 
 
-def test_pools_and_norms_that_would_be_loops_are_int8(tmp_path: Path) -> None:
+def test_pools_and_norms_that_litert_torch_does_not_know_or_writes_as_loops(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3),
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False),  # the padding that TFLite calls SAME
         nn.AvgPool2d((3, 2), 2, 1, ceil_mode=True, count_include_pad=False),
         nn.LocalResponseNorm(4, alpha=0.5, k=2.0),
         nn.Upsample(scale_factor=1.7),  # litert-torch picks other neighbours
         nn.AdaptiveMaxPool2d((None, 4)),  # and does not know this one
+        nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+        nn.AdaptiveMaxPool2d(1),
     ).eval()
     images = torch.randn(4, 3, 12, 12)
     export_tflite(network, images[:1], tmp_path / "float.tflite", is_channels_last=True)
     quantize_tflite(tmp_path / "float.tflite", tmp_path / "int8.tflite", single(images.numpy()))
     with torch.no_grad():
         wanted = network(images).numpy()
-    for name, least in (("float.tflite", 100), ("int8.tflite", 28)):
+    for name, least in (("float.tflite", 100), ("int8.tflite", 26)):
         (output,) = LitertSession(tmp_path / name, is_channels_last=True).predict(images.numpy())
         assert 10 * np.log10((wanted**2).sum() / ((output - wanted) ** 2).sum()) > least, name
+    from ai_edge_litert.interpreter import Interpreter
+
+    operators = Counter(each["op_name"] for each in Interpreter(str(tmp_path / "int8.tflite"))._get_ops_details())
+    assert (operators["AVERAGE_POOL_2D"], operators["MAX_POOL_2D"]) == (3, 1)
+    assert operators["PAD"] + operators["PADV2"] == 1  # of the second average
 
 
 def test_missing_quantizer_says_how_to_install_it(
