@@ -38,8 +38,7 @@ def test_biases_take_back_the_mean_error(network, images):
     before = copy.deepcopy(network)
     shift = error(network, before, images).mean((0, 2, 3))
     assert (
-        correct_biases(network, images[:1], {"input_1": Affine(0.01, 0)}, lambda: [images[:8], images[8:]])
-        == "1 biases"
+        correct_biases(network, images[:1], {"input_1": Affine(0.01, 0)}, lambda: [images[:8], images[8:]]) == "1 bias"
     )
     after = error(network, before, images).mean((0, 2, 3))
     assert after.abs().max() < 0.05 * shift.abs().max()

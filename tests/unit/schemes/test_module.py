@@ -257,5 +257,5 @@ def test_affine_part_of_a_norm(affine):
     folded = x * scale[:, None, None] + shift[:, None, None]
     assert scale.dtype is shift.dtype is torch.float64
     assert torch.allclose(folded.float(), norm(x), atol=1e-5)
-    with pytest.raises(ContractError, match="without running statistics cannot be folded"):
+    with pytest.raises(ContractError, match="no batch norm with running statistics, and cannot be folded"):
         batchnorm_affine(nn.BatchNorm2d(3, track_running_stats=False))

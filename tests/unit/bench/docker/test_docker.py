@@ -32,26 +32,27 @@ def in_docker(paths, image, limit=LIMIT):
     return count_in_docker(CORE, paths, Silent(), image=image, limit_seconds=limit)
 
 
-def test_both_ways_count_the_same(image, engine, tflite_file, tmp_path):
-    hostile = tmp_path / 'a,b "c"; $(touch pwned)\n.tflite'
-    hostile.write_bytes(tflite_file.read_bytes())
-    hostile.chmod(0o600)  # nobody could not read it
-    # onnxruntime looks names up in tables whose order is not the same everywhere: hundreds of instructions.
-    large = tmp_path / "large.onnx"
-    export_onnx(torch.nn.Conv2d(32, 64, 3).eval(), torch.zeros(1, 32, 32, 32), large)
-    paths = [hostile, large]
-    here = require_counts(paths, count_files(CORE, paths, Silent()))
-    there = in_docker(paths, image)
-    for one, other in zip(here, there, strict=True):
-        assert other.instructions == pytest.approx(one.instructions, rel=1e-3)
-        assert other.macs == one.macs > 0
-        assert sum(other.classes.values()) == other.instructions
-        for name, count in one.classes.items():
-            assert other.classes.get(name, 0) == pytest.approx(count, rel=1e-3, abs=1e-3 * one.instructions)
-        assert other.kcycles_low == pytest.approx(one.kcycles_low, rel=5e-3)
-        assert other.artifact_sha256 == one.artifact_sha256
-        assert other.environment.cpu == "Cortex-A72 emulated by the qemu-aarch64 of the Docker image sepdeploy-arm64"
-        assert other.environment.runtime == one.environment.runtime
+@pytest.mark.parametrize("runtime", ["litert", "ort"])
+def test_both_ways_count_the_same(runtime, image, engine, tflite_file, tmp_path):
+    path = tmp_path / 'a,b "c"; $(touch pwned)\n'
+    if runtime == "litert":
+        path = path.with_suffix(".tflite")
+        path.write_bytes(tflite_file.read_bytes())
+    else:  # onnxruntime looks names up in tables whose order is not the same everywhere: hundreds of instructions
+        path = path.with_suffix(".onnx")
+        export_onnx(torch.nn.Conv2d(32, 64, 3).eval(), torch.zeros(1, 32, 32, 32), path)
+    path.chmod(0o600)  # nobody could not read it
+    (here,) = require_counts([path], count_files(CORE, [path], Silent()))
+    (there,) = in_docker([path], image)
+    assert there.instructions == pytest.approx(here.instructions, rel=1e-3)
+    assert there.macs == here.macs > 0
+    assert sum(there.classes.values()) == there.instructions
+    for name, count in here.classes.items():
+        assert there.classes.get(name, 0) == pytest.approx(count, rel=1e-3, abs=1e-3 * here.instructions)
+    assert there.kcycles_low == pytest.approx(here.kcycles_low, rel=5e-3)
+    assert there.artifact_sha256 == here.artifact_sha256
+    assert there.environment.cpu == "Cortex-A72 emulated by the qemu-aarch64 of the Docker image sepdeploy-arm64"
+    assert there.environment.runtime == here.environment.runtime
     assert engine.containers() == []
 
 
