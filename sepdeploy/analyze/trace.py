@@ -287,5 +287,5 @@ def _following_batchnorms(recorder: Recorder, output_ids: set[int]) -> dict[int,
     return {
         conv: norm
         for conv, norm in found.items()
-        if conv not in rejected and is_batchnorm(norm) and recorder.module_calls[id(norm)] == calls[conv]
+        if conv not in rejected and recorder.module_calls[id(norm)] == calls[conv] and is_batchnorm(norm)
     }

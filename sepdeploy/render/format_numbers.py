@@ -8,6 +8,7 @@ __all__ = [
     "change_text",
     "count_text",
     "error_text",
+    "is_about_the_same",
     "percent_text",
     "plural",
     "points_text",
@@ -101,10 +102,22 @@ def change_text(before: float, after: float, *, less: str, more: str) -> str:
     """
     if before == after:
         return "unchanged"
+    if is_about_the_same(before, after):
+        return "about the same"
     if min(before, after) <= 0:
         return f"{three_digits(after - before)} {more if after > before else less}"
     factor, word = (before / after, less) if after < before else (after / before, more)
-    return "about the same" if factor < 1.005 else f"{times_text(factor)} {word}"
+    return f"{times_text(factor)} {word}"
+
+
+def is_about_the_same(before: float, after: float) -> bool:
+    """Whether no factor that can be told from 1 lies between two values.
+
+    >>> is_about_the_same(10, 10), is_about_the_same(1000, 1004), is_about_the_same(10, 12), is_about_the_same(0, 1)
+    (True, True, False, False)
+    """
+    low, high = sorted((before, after))
+    return low == high or (low > 0 and high / low < 1.005)
 
 
 def plural(count: int, noun: str) -> str:

@@ -17,6 +17,7 @@ from sepdeploy.errors import ContractError
 from sepdeploy.render.format_numbers import (
     change_text,
     count_text,
+    is_about_the_same,
     percent_text,
     plural,
     points_text,
@@ -113,7 +114,7 @@ def verdict(report: Report) -> str:
 def _speed_clause(report: Report) -> str:
     before, after = _target_costs(report)
     speedup = speedup_between(before, after)
-    is_same = speedup is not None and "x " not in _faster_or_slower(speedup)
+    is_same = speedup is not None and is_about_the_same(speedup.value, 1.0)
     if isinstance(after, Counts) and speedup is not None:
         change = "about as many modelled cycles as" if is_same else f"{_fewer_or_more(speedup)} modelled cycles than"
         return f"needs {change} the original on {target_label(report)}"

@@ -6,7 +6,7 @@ from sepdeploy.core.conv import Trace
 from sepdeploy.core.looser_plan import LooserPlan, TriedPlan
 from sepdeploy.core.options import ConvertOptions
 from sepdeploy.core.plan import Plan
-from sepdeploy.render.format_numbers import change_text, times_text
+from sepdeploy.render.format_numbers import change_text, is_about_the_same, times_text
 from sepdeploy.stages.guard import GuardRecord
 
 __all__ = ["looser_notes", "tried_plan"]
@@ -58,7 +58,7 @@ def _cost_text(found: TriedPlan, held: TriedPlan) -> str:
     is_time, is_modelled = found.unit == "ms", found.unit == "kcycles"
     less, more = ("faster", "slower") if is_time else ("fewer", "more")
     changes = [change_text(plan.original_cost, plan.cost, less=less, more=more) for plan in (found, held)]
-    is_same = not changes[0].endswith((less, more))
+    is_same = is_about_the_same(found.original_cost, found.cost)
     what = "" if is_time else " modelled cycles" if is_modelled else f" {found.unit}"
     predicted = "predicted " if is_time or is_modelled else ""
     change = f"about the same{what} as" if is_same else f"{changes[0]}{what} than"
